@@ -1,0 +1,116 @@
+"""Damping: a number, a schedule, or the Levenberg-Marquardt rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+
+class Damping:
+    """A fixed damping.
+
+    Args:
+        value: the number added to the curvature, in units of the squared per-sample gradient.
+
+    Raises:
+        ValueError: a damping that is not positive and finite.
+    """
+
+    def __init__(self, value: float) -> None:
+        self.current = positive("damping", value)
+
+    def at(self, step: int) -> float:
+        """The damping of a step."""
+        return self.current
+
+    def state_dict(self) -> dict[str, float]:
+        """What a restart needs."""
+        return {"current": self.current}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restores `state_dict`."""
+        self.current = float(state["current"])
+
+
+class ScheduledDamping(Damping):
+    """Damping that follows given points, geometrically interpolated between them and constant outside.
+
+    Args:
+        points: step -> damping, for example {0: 1.0, 1000: 0.03}.
+    """
+
+    def __init__(self, points: Mapping[int, float]) -> None:
+        if not points:
+            raise ValueError("damping points are empty; give at least one, as in {0: 0.03}")
+        self.points = {int(step): positive("damping", points[step]) for step in sorted(points)}
+        super().__init__(next(iter(self.points.values())))
+
+    def at(self, step: int) -> float:
+        before = [s for s in self.points if s <= step]
+        after = [s for s in self.points if s > step]
+        if not before:
+            self.current = self.points[after[0]]
+        elif not after:
+            self.current = self.points[before[-1]]
+        else:
+            start, end = before[-1], after[0]
+            share = (step - start) / (end - start)
+            self.current = math.exp(
+                (1 - share) * math.log(self.points[start]) + share * math.log(self.points[end])
+            )
+        return self.current
+
+
+class LevenbergMarquardt(Damping):
+    """Damping steered by how well the quadratic model predicted the change of the loss (Martens & Grosse 2015, 6.5).
+
+    Every `interval` steps the ratio of the actual to the predicted change is measured on the same batch. Above 3/4 the
+    damping shrinks by factor**interval, below 1/4 it grows by the inverse.
+
+    Args:
+        initial: damping to start from.
+        interval: steps between two adjustments.
+        factor: change per step, below 1.
+        minimum: lower bound.
+        maximum: upper bound.
+    """
+
+    def __init__(
+        self, initial: float, interval: int = 5, factor: float = 0.95, minimum: float = 1e-8, maximum: float = 1e4
+    ) -> None:
+        super().__init__(initial)
+        if interval < 1:
+            raise ValueError(f"damping interval is {interval}; give a number of steps, at least 1")
+        if not 0.0 < factor < 1.0:
+            raise ValueError(f"damping factor is {factor}; give a number between 0 and 1, such as 0.95")
+        if not 0.0 < minimum <= initial <= maximum:
+            raise ValueError(f"damping {initial} must lie between minimum {minimum} and maximum {maximum}")
+        self.interval, self.factor, self.minimum, self.maximum = interval, factor, minimum, maximum
+
+    def due(self, step: int) -> bool:
+        """Whether the step ends with an adjustment."""
+        return (step + 1) % self.interval == 0
+
+    def adjust(self, ratio: float) -> None:
+        """Takes in a measured ratio of actual to predicted change; a non-finite ratio counts as a bad prediction."""
+        change = self.factor**self.interval
+        if ratio > 0.75:
+            self.current = max(self.minimum, self.current * change)
+        elif not ratio >= 0.25:
+            self.current = min(self.maximum, self.current / change)
+
+
+def as_damping(value: float | Damping) -> Damping:
+    """A `Damping` from what a method was given."""
+    return value if isinstance(value, Damping) else Damping(value)
+
+
+def positive(name: str, value: float) -> float:
+    """Checks a setting that must be positive and finite.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value}; give a positive number")
+    return float(value)
