@@ -1,0 +1,1 @@
+"""Capture: what the modules of a model hand over for curvature statistics."""

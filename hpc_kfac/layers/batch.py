@@ -1,0 +1,106 @@
+"""What a captured layer hands to a curvature method: its shape, the uses it was captured from, and the statistics of one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from hpc_kfac.linalg.structure import Dense, Structure
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Shape of one captured layer: ``blocks`` independent Kronecker blocks, each of an ``outputs x inputs`` weight matrix.
+
+    Attributes:
+        blocks: number of blocks p. 1 for most layers, the groups of a grouped convolution, the channels of a norm layer.
+        inputs: columns a of the weight matrix, the bias included as the last one.
+        outputs: rows o of the weight matrix.
+        input_structure: the densest structure that makes sense for A.
+        output_structure: the densest structure that makes sense for G.
+        kernel: kernel positions of a convolution; 1 otherwise.
+        bias: whether the last column is a bias.
+    """
+
+    blocks: int
+    inputs: int
+    outputs: int
+    input_structure: Structure = field(default_factory=Dense)
+    output_structure: Structure = field(default_factory=Dense)
+    kernel: int = 1
+    bias: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, p * o * a."""
+        return self.blocks * self.outputs * self.inputs
+
+
+@dataclass(eq=False)
+class Use:
+    """One call of a captured module in a forward pass. Holds references, never copies.
+
+    Attributes:
+        layer: name of the module.
+        inputs: the module's input as it came.
+        training: whether the module was in training mode.
+        micro_batch: number of the micro-batch; uses of one micro-batch share their samples.
+        version: autograd's version counter of ``inputs``, to notice a later in-place change.
+        edge: where autograd delivers the gradient of the output (sampled and exact Fisher).
+        gradient: gradient of the output, once a backward pass has delivered it (empirical Fisher).
+    """
+
+    layer: str
+    inputs: Tensor
+    training: bool
+    micro_batch: int = 0
+    version: int = 0
+    edge: GradientEdge | None = None
+    gradient: Tensor | None = None
+
+
+class LayerBatch(Protocol):
+    """Statistics of one layer over one batch on this rank.
+
+    x are the layer's input rows (a 1 appended where it has a bias), g the gradients of the SUM of the loss terms with respect to its
+    output. A sample has one or more positions: tokens, pixels, repeated uses. With an exact Fisher there are several g (draws) for each
+    position; sums over g then run over the draws too.
+
+    Attributes:
+        count: M, the number of loss terms on this rank.
+    """
+
+    count: float
+
+    def input_moment(self, structure: Structure) -> Tensor:
+        """A, the mean of x x^T over positions, in the given structure."""
+        ...
+
+    def output_moment(self, structure: Structure) -> Tensor:
+        """G = (1/M) sum of g g^T over positions, in the given structure. Never asked of an ``Identity`` output."""
+        ...
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Mean of x over positions [p, a], and (1/M) sum of g [p, o].
+
+        Raises:
+            ValueError: with an exact Fisher, whose g have no meaningful mean.
+        """
+        ...
+
+    def projected_square(
+        self,
+        output_basis: Tensor | None,
+        input_basis: Tensor | None,
+        output_structure: Structure,
+        input_structure: Structure,
+    ) -> Tensor:
+        """(1/M) sum over samples of (Q_G^T (sum_t g_t x_t^T) Q_A)^2, elementwise, [p, o, a] (George et al. 2018)."""
+        ...
+
+    def rows(self, limit: int) -> tuple[Tensor, Tensor]:
+        """X [p, n, a] and R [p, n, o] of n <= limit evenly spaced samples: x averaged over positions, g summed."""
+        ...
