@@ -1,0 +1,1 @@
+"""The application: tasks, models, data, the training loop. It uses only the library's public interface."""
