@@ -1,0 +1,1 @@
+"""Numerics on plain tensors: structured symmetric matrices, packed triangles, damped solves."""

@@ -1,0 +1,62 @@
+"""Batched dense solves that fail loudly: LinAlgError instead of NaN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right for [p, m, k] and [p, k, n]. One block takes the plain product, faster than a batch of one."""
+    if left.shape[0] == 1:
+        return torch.mm(left[0], right[0])[None]
+    return torch.bmm(left, right)
+
+
+def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
+    """(S + damping I)^-1 by Cholesky, on a copy.
+
+    Args:
+        matrix: symmetric [p, ..., n, n]; read only.
+        damping: a number or [p].
+
+    Raises:
+        torch.linalg.LinAlgError: the damped matrix is not positive definite or not finite.
+    """
+    work = matrix.clone(memory_format=torch.contiguous_format)
+    diagonal = work.diagonal(dim1=-2, dim2=-1)
+    if isinstance(damping, Tensor) and damping.ndim:
+        damping = damping.reshape(-1, *[1] * (diagonal.ndim - 1))
+    diagonal.add_(damping)
+    info = torch.empty(work.shape[:-2], dtype=torch.int32, device=work.device)
+    torch.linalg.cholesky_ex(work, out=(work, info))
+    if bool(info.any()):
+        raise torch.linalg.LinAlgError("a damped factor is not positive definite or not finite")
+    # Not in place: LAPACK leaves one triangle, and mirroring it needs a second buffer anyway.
+    inverse = torch.cholesky_inverse(work)
+    require_finite(inverse, "inverse of a damped factor")
+    return inverse.contiguous()
+
+
+def positive_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, negative ones set to 0, and eigenvectors of symmetric [..., n, n].
+
+    Raises:
+        torch.linalg.LinAlgError: the matrix is not finite or the decomposition does not converge.
+    """
+    require_finite(matrix, "factor")
+    values, basis = torch.linalg.eigh(matrix)
+    require_finite(values, "eigenvalues of a factor")
+    return values.clamp_min_(0), basis.contiguous()
+
+
+def spectral(values: Tensor, basis: Tensor) -> Tensor:
+    """Q diag(values) Q^T, exactly symmetric; values [..., n], Q [..., n, n]."""
+    product = (basis * values[..., None, :]) @ basis.mT
+    return (product + product.mT).mul_(0.5)
+
+
+def require_finite(tensor: Tensor, name: str) -> None:
+    """Raises torch.linalg.LinAlgError if the tensor holds inf or NaN."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise torch.linalg.LinAlgError(f"{name}: values are not finite")

@@ -1,0 +1,1 @@
+"""Curvature methods: stateless functions plus a table of the state they need."""
