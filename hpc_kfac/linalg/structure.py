@@ -3,8 +3,8 @@
 A layer has p independent blocks, and so every tensor here has a leading axis p. A structure is only a description; the
 numbers are one plain tensor, which makes averaging, sending and saving the same for all structures.
 
-Rotations take a basis Q from `eigh` and accept None, the basis of a matrix that is diagonal already. Products run in the
-dtype of the structure's tensor and return the dtype of the matrix, so a bfloat16 tensor gives bfloat16 products.
+Rotations take a basis Q from `eigh` and accept None, the basis of a matrix that is diagonal already. Products run in
+the dtype of the structure's tensor and return the dtype of the matrix: a bfloat16 tensor gives bfloat16 products.
 """
 
 from __future__ import annotations

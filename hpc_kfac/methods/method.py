@@ -67,8 +67,8 @@ class Cost:
 class Method(ABC):
     """A curvature method. Stateless: the same object serves all layers and ranks.
 
-    Every layer is a batch of p independent blocks with gradients D [p, o, a]. All functions are local; combining ranks is
-    the caller's part, as the state table says.
+    Every layer is a batch of p independent blocks with gradients D [p, o, a]. All functions are local; combining ranks
+    is the caller's part, as the state table says.
     """
 
     damping: float | Damping
@@ -80,7 +80,7 @@ class Method(ABC):
 
     @abstractmethod
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
-        """Fresh means of this rank's batch by the names of running specs; a name that cannot be filled yet is omitted."""
+        """Fresh means of this rank's batch by the names of running specs; one that cannot be filled yet is omitted."""
 
     def fold(self, state: State, fresh: State, decay: float) -> None:
         """running = decay * running + (1 - decay) * fresh, in place; a name not yet in the state is taken as it is."""
