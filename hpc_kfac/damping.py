@@ -55,9 +55,7 @@ class ScheduledDamping(Damping):
         else:
             start, end = before[-1], after[0]
             share = (step - start) / (end - start)
-            self.current = math.exp(
-                (1 - share) * math.log(self.points[start]) + share * math.log(self.points[end])
-            )
+            self.current = math.exp((1 - share) * math.log(self.points[start]) + share * math.log(self.points[end]))
         return self.current
 
 

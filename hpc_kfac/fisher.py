@@ -1,8 +1,9 @@
 """What distribution the model's outputs stand for: the source of the sampled and the exact Fisher.
 
-An `OutputDistribution` turns outputs into derivatives with respect to them, without labels. For a loss that is a negative
-log-likelihood the second moment of `sample_gradient` and the sum over `root` are the Fisher of one term; where the loss
-carries a weight they are scaled so that they give the generalised Gauss-Newton matrix of that loss (Martens 2020).
+An `OutputDistribution` turns outputs into derivatives with respect to them, without labels. For a loss that is a
+negative log-likelihood the second moment of `sample_gradient` and the sum over `root` are the Fisher of one term; where
+the loss carries a weight they are scaled so that they give the generalised Gauss-Newton matrix of that loss
+(Martens 2020).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class OutputDistribution(ABC):
 
     @abstractmethod
     def sample_gradient(self, outputs: Tensor, uniform: Uniform) -> Tensor:
-        """Derivative of each term's loss with respect to the outputs, for labels drawn from the model; shape of outputs."""
+        """Derivative of each term's loss with respect to the outputs, for labels drawn from the model."""
 
     @abstractmethod
     def root(self, outputs: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class CrossEntropy(OutputDistribution):
         return outputs.numel() // outputs.shape[self.class_dim]
 
     def sample_gradient(self, outputs: Tensor, uniform: Uniform) -> Tensor:
-        probabilities = outputs.float().softmax(self.class_dim).movedim(self.class_dim, -1)
+        probabilities = _wide(outputs).softmax(self.class_dim).movedim(self.class_dim, -1)
         cumulative = probabilities.cumsum(-1)
         drawn = uniform(tuple(probabilities.shape[1:-1])).unsqueeze(-1).to(cumulative) * cumulative[..., -1:]
         label = (cumulative <= drawn).sum(-1, keepdim=True).clamp_(max=probabilities.shape[-1] - 1)
@@ -66,11 +67,12 @@ class CrossEntropy(OutputDistribution):
         return gradient.movedim(-1, self.class_dim).to(outputs.dtype)
 
     def root(self, outputs: Tensor) -> Tensor:
-        probabilities = outputs.float().softmax(self.class_dim).movedim(self.class_dim, -1)
+        probabilities = _wide(outputs).softmax(self.class_dim).movedim(self.class_dim, -1)
         # Column c of diag(sqrt p) - p sqrt(p)^T.
         eye = torch.eye(probabilities.shape[-1], dtype=probabilities.dtype, device=outputs.device)
         columns = (eye - probabilities.unsqueeze(-2)) * probabilities.sqrt().unsqueeze(-1)
-        return columns.movedim(-2, 0).movedim(-1, self.class_dim + 1 if self.class_dim >= 0 else self.class_dim).to(outputs.dtype)
+        class_dim = self.class_dim + 1 if self.class_dim >= 0 else self.class_dim
+        return columns.movedim(-2, 0).movedim(-1, class_dim).to(outputs.dtype)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class SquaredError(OutputDistribution):
     """Each sample's loss is weight * |f - y|^2: a Gaussian output of variance 1 / (2 weight).
 
     Args:
-        weight: None means 1 / (outputs per sample), as torch.nn.MSELoss has it; 1 or 0.5 for a loss summed over outputs.
+        weight: None means 1 / (outputs per sample), as torch.nn.MSELoss has it; 1 or 0.5 for a loss
+            summed over outputs.
         reduction: of the training loss over samples.
     """
 
@@ -107,7 +110,8 @@ class BinaryCrossEntropy(OutputDistribution):
     """Each sample's loss is weight * sum over outputs of the binary cross-entropy of a logit.
 
     Args:
-        weight: None means 1 / (outputs per sample), as torch.nn.BCEWithLogitsLoss has it; 1 for a loss summed over outputs.
+        weight: None means 1 / (outputs per sample), as torch.nn.BCEWithLogitsLoss has it; 1 for a loss
+            summed over outputs.
         reduction: of the training loss over samples.
     """
 
@@ -118,13 +122,13 @@ class BinaryCrossEntropy(OutputDistribution):
         return outputs.shape[0]
 
     def sample_gradient(self, outputs: Tensor, uniform: Uniform) -> Tensor:
-        probability = outputs.float().sigmoid()
+        probability = _wide(outputs).sigmoid()
         drawn = uniform(tuple(outputs.shape[1:])).to(probability)
         scale = math.sqrt(_weight(self.weight, outputs))
         return ((probability - (drawn < probability).to(probability)) * scale).to(outputs.dtype)
 
     def root(self, outputs: Tensor) -> Tensor:
-        probability = outputs.float().sigmoid()
+        probability = _wide(outputs).sigmoid()
         spread = (probability * (1 - probability) * _weight(self.weight, outputs)).sqrt()
         size = outputs[0].numel()
         eye = torch.eye(size, dtype=spread.dtype, device=outputs.device).view(size, 1, *outputs.shape[1:])
@@ -133,3 +137,8 @@ class BinaryCrossEntropy(OutputDistribution):
 
 def _weight(weight: float | None, outputs: Tensor) -> float:
     return 1.0 / outputs[0].numel() if weight is None else weight
+
+
+def _wide(outputs: Tensor) -> Tensor:
+    # Probabilities of half-precision outputs are formed in fp32.
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))

@@ -31,7 +31,7 @@ class Schedule:
             interval = getattr(self, name)
             values = interval.values() if isinstance(interval, Mapping) else [interval]
             if isinstance(interval, Mapping) and 0 not in interval:
-                raise ValueError(f"schedule.{name} is {dict(interval)}; give the interval from step 0 on, as in {{0: 10}}")
+                raise ValueError(f"schedule.{name} is {dict(interval)}; give the interval from step 0 on: {{0: 10}}")
             for value in values:
                 if value < 1:
                     raise ValueError(f"schedule.{name} is {value}; an interval is a number of steps, at least 1")

@@ -1,4 +1,7 @@
-"""How long the preconditioned step may be. Without it, a block-diagonal step is too long by about the number of layers."""
+"""How long the preconditioned step may be.
+
+Without a bound a block-diagonal step is too long by about the number of layers (Bernacchia et al. 2018).
+"""
 
 from __future__ import annotations
 

@@ -176,7 +176,8 @@ def communicator(comm: Any) -> Communicator:
     if torch.distributed.is_available() and isinstance(comm, torch.distributed.ProcessGroup):
         return TorchCommunicator(comm)
     raise TypeError(
-        f"comm is a {type(comm).__name__}; pass MPI.COMM_WORLD, a torch.distributed process group, or None for one process"
+        f"comm is a {type(comm).__name__}; pass MPI.COMM_WORLD, a torch.distributed process group, "
+        "or None for one process"
     )
 
 

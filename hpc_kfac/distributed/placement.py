@@ -1,9 +1,9 @@
 """Which rank decomposes a layer, which ranks precondition it, and which receive the result: a pure function.
 
-KAISA's grid (Pauloski et al. 2021): p ranks form p/m groups of m grad workers. A layer belongs to one group; its owner,
-one rank of the group, decomposes the factors and broadcasts the solved form inside the group; worker j of the group then
-sends the preconditioned gradient to the ranks that hold place j in the other groups. m = p is COMM-OPT (every rank
-preconditions, no traffic on an ordinary step), m = 1 is MEM-OPT (solved forms exist once).
+KAISA's grid (Pauloski et al. 2021): p ranks form p/m groups of m grad workers. A layer belongs to one group; its
+owner, one rank of the group, decomposes the factors and broadcasts the solved form inside the group; worker j of the
+group then sends the preconditioned gradient to the ranks that hold place j in the other groups. m = p is COMM-OPT
+(every rank preconditions, no traffic on an ordinary step), m = 1 is MEM-OPT (solved forms exist once).
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class Kaisa:
         if abs(wanted - workers) > 1e-3 * ranks or ranks % workers:
             valid = ", ".join(f"{d}/{ranks}={d / ranks:.4g}" for d in range(1, ranks + 1) if ranks % d == 0)
             raise ValueError(
-                f"grad_worker_fraction {self.grad_worker_fraction} cannot be honoured by {ranks} ranks; use one of {valid}"
+                f"grad_worker_fraction {self.grad_worker_fraction} cannot be honoured by {ranks} ranks; "
+                f"use one of {valid}"
             )
         return workers

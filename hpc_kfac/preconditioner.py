@@ -1,0 +1,419 @@
+"""The preconditioner: executes the plan of each step. The only place where layers, methods and ranks meet."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hpc_kfac.damping import LevenbergMarquardt, as_damping
+from hpc_kfac.distributed import Kaisa, communicator
+from hpc_kfac.execution import Executor, LayerState, StepInputs, StepReport
+from hpc_kfac.fisher import CrossEntropy, OutputDistribution
+from hpc_kfac.keyed_random import uniform
+from hpc_kfac.layers import Capture, LayerBatch
+from hpc_kfac.methods import KFAC
+from hpc_kfac.methods.method import Method, State
+from hpc_kfac.schedule import Schedule
+from hpc_kfac.step_control import KLClip, StepControl
+from hpc_kfac.step_plan import Operation, Precision, Problem
+
+FisherSource = Literal["empirical", "sampled", "exact"]
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many optimisation steps in a row had non-finite gradients."""
+
+
+class Preconditioner:
+    """Preconditions the averaged gradients of a model, layer by layer, spread over ranks.
+
+    Args:
+        model: the model; supported layers with trainable parameters are captured, the rest is left to the optimizer.
+        optimizer: the optimizer that takes the preconditioned gradients; its learning rate is needed by `KLClip`.
+        method: the curvature method.
+        placement: which ranks decompose and precondition which layers.
+        schedule: when statistics are taken and factors decomposed.
+        step_control: KLClip, FixedNorm or None.
+        fisher: "empirical" uses the training gradients; "sampled" draws labels from the model, "exact" sums over all
+            outputs; these two need `observe` on every step.
+        precision: dtypes of running averages, decompositions and application.
+        comm: None for one process, an mpi4py communicator or a torch.distributed process group.
+        skip: fnmatch patterns of layer names that are left to the optimizer.
+        weight_sharing: "expand" counts every position as a sample, "reduce" sums over them first (Eschenhagen
+            et al. 2023).
+        seed: for sampled labels.
+        max_skipped: so many non-finite steps in a row raise `TrainingDiverged`.
+
+    Raises:
+        ValueError: a model without a layer that can be captured, or KLClip without an optimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any = None,
+        *,
+        method: Method | None = None,
+        placement: Kaisa | None = None,
+        schedule: Schedule | None = None,
+        step_control: StepControl = KLClip(),  # noqa: B008 - frozen
+        fisher: FisherSource = "empirical",
+        precision: Precision | None = None,
+        comm: Any = None,
+        skip: Sequence[str] = (),
+        weight_sharing: Literal["expand", "reduce"] = "expand",
+        seed: int = 0,
+        max_skipped: int = 10,
+    ) -> None:
+        if isinstance(step_control, KLClip) and optimizer is None:
+            raise ValueError("KLClip needs the learning rate: pass optimizer=..., or step_control=None")
+        if fisher not in ("empirical", "sampled", "exact"):
+            raise ValueError(f"fisher is {fisher!r}; use 'empirical', 'sampled' or 'exact'")
+        self.method = method or KFAC()
+        self.damping = as_damping(self.method.damping)
+        self.schedule = schedule or Schedule()
+        self.step_control = step_control
+        self.precision = precision or Precision()
+        self.steps = 0
+        self.failures = 0
+        self.skipped = 0
+        self.timings: dict[str, float] = defaultdict(float)
+        self.capture = Capture(model, skip=skip, weight_sharing=weight_sharing, dtype=self.precision.factors)
+        self.states = {name: LayerState() for name in self.capture.layers}
+        self._device = next(model.parameters()).device
+        self._optimizer = optimizer
+        self._fisher = fisher
+        self._seed = seed
+        self._max_skipped = max_skipped
+        self._skipped_in_row = 0
+        self._comm = communicator(comm)
+        self._problem = self._make_problem(placement or Kaisa())
+        self._executor = Executor(
+            model, self.capture.layers, self.states, self._problem, self._comm, step_control, self.timings
+        )
+        self._plans: dict[tuple[bool, bool, int], tuple[Operation, ...]] = {}
+        self._fresh: dict[str, tuple[State, float]] = {}
+        self._observed: tuple[float | None, float | None, Tensor | None] = (None, None, None)
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}
+        self.capture.keep_output_gradients = fisher == "empirical"
+        self.capture.on_boundary = self._take_empirical
+        self._arm()
+
+    def _make_problem(self, placement: Kaisa) -> Problem:
+        shapes = {name: layer.shape for name, layer in self.capture.layers.items()}
+        costs = {name: self.method.cost(shape).refresh for name, shape in shapes.items()}
+        return Problem(shapes, self.method, placement.assign(costs, self._comm.size), self.precision)
+
+    # What the user calls
+
+    def observe(
+        self,
+        outputs: Tensor,
+        loss: OutputDistribution | None = None,
+        count: int | None = None,
+        mask: Tensor | None = None,
+        loss_scale: float = 1.0,
+        sample_index: Tensor | None = None,
+    ) -> None:
+        """Says what the outputs of this forward pass stand for. Call it before `loss.backward()`, once per micro-batch.
+
+        Not needed for the empirical Fisher of a mean loss over the samples of the batch.
+
+        Args:
+            outputs: the model's outputs [N, ...].
+            loss: the distribution that they stand for; CrossEntropy by default.
+            count: number of terms that the mean loss runs over on this rank; by default the mask's, else the loss's.
+            mask: [N, ...] True where a position counts (padding, ignore_index).
+            loss_scale: the tensor on which backward() is called is loss_scale times the loss; the gradient scaler's
+                scale times one over the accumulation steps, for example.
+            sample_index: [N] number of each sample in the whole batch over all ranks, so that sampled labels do not
+                depend on the rank count.
+        """
+        if not self.capture.armed:
+            return
+        loss = loss or CrossEntropy()
+        terms = float(count if count is not None else mask.sum().item() if mask is not None else loss.terms(outputs))
+        if self._fisher == "empirical":
+            reduction = terms if loss.reduction == "mean" else 1.0
+            self._observed = (terms, reduction / loss_scale, mask)
+            return
+        with self._timed("statistics"):
+            self._take_sampled(outputs, loss, terms, mask, sample_index)
+
+    def step(self, scalars: Mapping[str, float] | None = None, log: bool = False) -> StepReport:
+        """Replaces the averaged gradients in `.grad` by preconditioned ones. Once per optimisation step, on all ranks.
+
+        Args:
+            scalars: numbers to be summed over ranks in the step's one scalar reduction; the same names on every rank.
+            log: report cosine and curvature share of every layer.
+
+        Returns:
+            A report, equal on all ranks. If it says `applied=False`, skip the optimizer step.
+
+        Raises:
+            TrainingDiverged: more than `max_skipped` steps in a row were not finite; on all ranks alike.
+        """
+        statistics, refresh = self.schedule.statistics_due(self.steps), self.schedule.refresh_due(self.steps)
+        if statistics:
+            self._take_empirical()
+        inputs = StepInputs(
+            self.steps, self.damping.at(self.steps), self._learning_rates(), scalars or {}, log, self._fold
+        )
+        self._remember_before_step()
+        plan = self._plan(statistics, refresh, self._executor.scalars_needed(inputs.scalars, log))
+        report = replace(self._executor.run(plan, inputs), statistics=statistics)
+        self._count_skipped(report.applied)
+        self.failures += report.failures
+        self.steps += 1
+        self._arm()
+        return report
+
+    @property
+    def damping_due(self) -> bool:
+        """Whether `adapt_damping` has something to do after the step just taken."""
+        return bool(self._before)
+
+    def adapt_damping(self, evaluate: Callable[[], float], loss: float) -> None:
+        """The Levenberg-Marquardt rule; does nothing unless `damping_due`. Collective, after `optimizer.step()`.
+
+        Args:
+            evaluate: the local mean loss of the batch just used, with the new weights.
+            loss: the same with the old weights.
+        """
+        if not self._before or not isinstance(self.damping, LevenbergMarquardt):
+            return
+        model = torch.zeros((), dtype=torch.float64)
+        for name, (weights, gradient) in self._before.items():
+            layer, state = self.capture.layers[name], self.states[name]
+            delta = layer.matrix([p.detach() for p in layer.parameters]).to(gradient.dtype) - weights
+            change = (delta * gradient).sum() + 0.5 * self.damping.current * delta.square().sum()
+            if state.weight > 0:
+                change += 0.5 * self.method.quadratic(delta, state.view(), self._problem.shapes[name])
+            model += change.double().cpu()
+        self._before = {}
+        totals = torch.tensor([evaluate() - loss, float(model)], dtype=torch.float64)
+        if self._comm.size > 1:
+            self._comm.allreduce(totals, "damping").wait()
+        self.damping.adjust((totals[0] / totals[1]).item() if totals[1] != 0 else math.nan)
+
+    def summary(self) -> str:
+        """What is captured and what is left out, in words."""
+        return self.capture.summary()
+
+    def plan(self, step: int) -> tuple[Operation, ...]:
+        """The operations of a step."""
+        scalars = self._executor.scalars_needed({}, False)
+        return self._plan(self.schedule.statistics_due(step), self.schedule.refresh_due(step), scalars)
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes of curvature state that this rank holds after a refresh: layer -> role -> bytes."""
+        table: dict[str, dict[str, int]] = {}
+        for name, shape in self._problem.shapes.items():
+            table[name] = {"running": 0, "solved": 0}
+            for spec in self.method.state(shape):
+                itemsize = self.precision.stored(spec).itemsize
+                size = math.prod(spec.full_shape(self._comm.size)) * itemsize
+                if spec.role == "running":
+                    table[name]["running"] += math.prod(spec.shape) * itemsize
+                here = spec.lives == "all" or self._problem.assignment.works_on(self._comm.rank, name)
+                if spec.reduce == "gather" or (spec.role == "solved" and here):
+                    table[name]["solved"] += size
+        return table
+
+    @property
+    def traffic(self) -> Counter[str]:
+        """Payload bytes that this rank has posted, by operation."""
+        return self._comm.traffic
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's curvature state; tensors are references, as in torch."""
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "failures": self.failures,
+            "damping": self.damping.state_dict(),
+            "layers": {
+                name: {
+                    "weight": state.weight,
+                    "refreshed": state.refreshed,
+                    "running": dict(state.running),
+                    "solved": dict(state.solved),
+                }
+                for name, state in self.states.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`.
+
+        Raises:
+            ValueError: the layers, or a tensor's shape, differ from this model's.
+        """
+        if set(state["layers"]) != set(self.states):
+            differing = sorted(set(state["layers"]) ^ set(self.states))
+            names = ", ".join(differing[:5])
+            raise ValueError(f"the saved layers differ from the model's: {names}; load into the same model")
+        for name, saved in state["layers"].items():
+            self._check_shapes(name, saved)
+            self.states[name] = LayerState(
+                running={key: self._own(tensor) for key, tensor in saved["running"].items()},
+                solved={key: self._own(tensor) for key, tensor in saved["solved"].items()},
+                weight=saved["weight"],
+                refreshed=saved["refreshed"],
+            )
+        self.steps, self.skipped, self.failures = state["steps"], state["skipped"], state["failures"]
+        self.damping.load_state_dict(state["damping"])
+        self._fresh = {}
+        self._arm()
+
+    # Statistics
+
+    def _arm(self) -> None:
+        self.capture.clear()
+        self._observed = (None, None, None)
+        self.capture.armed = self.schedule.statistics_due(self.steps)
+
+    def _take_empirical(self) -> None:
+        if self._fisher != "empirical":
+            return
+        count, scale, mask = self._observed
+        self._observed = (None, None, None)
+        with self._timed("statistics"):
+            self._accumulate(self.capture.take(count, scale, mask))
+
+    def _take_sampled(
+        self, outputs: Tensor, loss: OutputDistribution, terms: float, mask: Tensor | None, sample_index: Tensor | None
+    ) -> None:
+        pairs = self.capture.edges()
+        edges = [use.edge for _, use in pairs]
+        if not edges:
+            return
+        if self._fisher == "sampled":
+            seeds = loss.sample_gradient(outputs.detach(), self._label_source(outputs, sample_index))
+        else:
+            seeds = loss.root(outputs.detach())
+        if mask is not None:
+            seeds = seeds * _aligned(mask, seeds, outputs)
+        gradients = torch.autograd.grad(
+            outputs,
+            edges,
+            grad_outputs=seeds,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=self._fisher == "exact",
+        )
+        by_use = {use: gradient for (_, use), gradient in zip(pairs, gradients, strict=True)}
+        batches = self.capture.take_gradients(by_use, count=terms, draws=self._fisher == "exact", mask=mask)
+        self._accumulate(batches)
+
+    def _label_source(self, outputs: Tensor, sample_index: Tensor | None) -> Callable[[tuple[int, ...]], Tensor]:
+        rows = outputs.shape[0]
+        if sample_index is None:
+            sample_index = torch.arange(rows) * self._comm.size + self._comm.rank
+        per_sample = rows // len(sample_index) if len(sample_index) else 1  # tokens of a flattened sequence
+
+        def draw(shape: tuple[int, ...]) -> Tensor:
+            numbers = uniform(sample_index, (per_sample, *shape), self._seed, self.steps)
+            return numbers.reshape(rows, *shape).to(outputs.device)
+
+        return draw
+
+    def _accumulate(self, batches: Mapping[str, LayerBatch]) -> None:
+        """Statistics of one micro-batch, merged with those of the earlier ones of this step."""
+        for name, batch in batches.items():
+            if batch.count <= 0:
+                continue
+            fresh = self.method.statistics(batch, self.states[name].view(), self._problem.shapes[name])
+            if not all(bool(torch.isfinite(tensor.sum())) for tensor in fresh.values()):
+                continue  # an overflown micro-batch, as a gradient scaler meets now and then
+            if name in self._fresh:
+                merged, count = self._fresh[name]
+                self.method.fold(merged, fresh, count / (count + batch.count))
+                self._fresh[name] = (merged, count + batch.count)
+            else:
+                self._fresh[name] = (fresh, batch.count)
+
+    def _fold(self) -> None:
+        for name, state in self.states.items():
+            fresh, count = self._fresh.get(name, ({}, 0.0))
+            old = self.method.decay * state.weight
+            new = old + (1.0 - self.method.decay if state.weight > 0 else 1.0) * count
+            if count > 0:
+                self.method.fold(state.running, fresh, old / new)
+            state.weight = new
+        self._fresh = {}
+
+    # Small helpers
+
+    def _learning_rates(self) -> dict[str, float]:
+        if self._optimizer is None:
+            return dict.fromkeys(self.capture.layers, 1.0)
+        rates = {id(p): group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
+        return {name: float(rates.get(id(layer.parameters[0]), 0.0)) for name, layer in self.capture.layers.items()}
+
+    def _plan(self, statistics: bool, refresh: bool, scalars: int) -> tuple[Operation, ...]:
+        key = (statistics, refresh, scalars)
+        if key not in self._plans:
+            self._plans[key] = self._problem.plan(statistics=statistics, refresh=refresh, scalars=scalars)
+        return self._plans[key]
+
+    def _remember_before_step(self) -> None:
+        if not (isinstance(self.damping, LevenbergMarquardt) and self.damping.due(self.steps)):
+            return
+        for name, layer in self.capture.layers.items():
+            weights = layer.matrix([p.detach() for p in layer.parameters]).clone()
+            self._before[name] = (weights.to(self.precision.wire), layer.gradient().clone())
+
+    def _count_skipped(self, applied: bool) -> None:
+        if applied:
+            self._skipped_in_row = 0
+            return
+        self.skipped += 1
+        self._skipped_in_row += 1
+        self._before = {}
+        if self._skipped_in_row > self._max_skipped:
+            good = self.steps - self._skipped_in_row
+            raise TrainingDiverged(
+                f"{self._skipped_in_row} steps in a row had non-finite gradients (last good step: {good}); "
+                "lower the learning rate or the KL clip, or raise the damping"
+            )
+
+    def _check_shapes(self, name: str, saved: Mapping[str, Any]) -> None:
+        for spec in self.method.state(self._problem.shapes[name]):
+            needed = {"running": spec.shape, "solved": spec.full_shape(self._comm.size)}
+            for role, shape in needed.items():
+                tensor = saved[role].get(spec.name)
+                if tensor is not None and tuple(tensor.shape) != shape:
+                    raise ValueError(
+                        f"{name}.{spec.name} has shape {tuple(tensor.shape)}, this model and method need {shape}; "
+                        "load into the same model, method and rank count"
+                    )
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().to(self._device)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[phase] += time.perf_counter() - start
+
+
+def _aligned(mask: Tensor, seeds: Tensor, outputs: Tensor) -> Tensor:
+    """The mask of valid positions [N, ...] in a shape that multiplies derivatives ([K,] *outputs.shape)."""
+    extra = outputs.dim() - mask.dim()
+    if mask.shape == outputs.shape:
+        return mask.to(seeds.dtype)
+    # Class axis 1 as in cross-entropy of [N, C, ...], else trailing axes.
+    shaped = mask.unsqueeze(1) if extra == 1 and mask.shape[1:] == outputs.shape[2:] else mask[(..., *[None] * extra)]
+    return shaped.to(seeds.dtype)
