@@ -20,6 +20,7 @@ _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
+_DROPOUT = int.from_bytes(b"dropout")  # a key of its own: no draws in common with other uses of seed and step
 
 
 def _signed(value: int) -> int:
@@ -85,7 +86,7 @@ class _Context:
     layers: dict[int, int] = field(default_factory=dict)
 
 
-# A plain global: the backward pass of an accelerator runs in threads of its own, which a context variable does not reach.
+# A plain global: an accelerator's backward pass runs in threads of its own, which a context variable does not reach.
 _current: _Context | None = None
 
 
@@ -135,12 +136,12 @@ class KeyedDropout(nn.Module):
             return functional.dropout(x, self.p, training=True)
         if len(x) != len(context.sample_index):
             raise ValueError(
-                f"dropout of a tensor of shape {tuple(x.shape)} in a batch of {len(context.sample_index)} samples: keyed"
-                " dropout needs the samples on the first axis"
+                f"dropout of a tensor of shape {tuple(x.shape)} in a batch of {len(context.sample_index)} samples:"
+                " keyed dropout needs the samples on the first axis"
             )
         layer = context.layers.setdefault(id(self), len(context.layers))
         index = context.sample_index.to(x.device)
-        kept = uniform(tuple(x.shape[1:]), index, context.seed, context.step, layer) >= self.p
+        kept = uniform(tuple(x.shape[1:]), index, _DROPOUT, context.seed, context.step, layer) >= self.p
         return x * kept.to(x.dtype).div_(1 - self.p)
 
     def extra_repr(self) -> str:

@@ -47,8 +47,8 @@ class Loader:
         dataset: what to read. One that augments by itself (`KeyedDataset`) is given seed and epoch.
         sampler: which samples, in which order.
         augment: applied to the inputs of every batch read.
-        workers: reading processes. They are spawned: a fork after MPI is initialised is unsafe. 0 reads in this process,
-            one batch ahead in a thread unless the data set lives in memory.
+        workers: reading processes. They are spawned: a fork after MPI is initialised is unsafe. 0 reads in this
+            process, one batch ahead in a thread unless the data set lives in memory.
         seed: seed of the augmentation.
     """
 
@@ -65,7 +65,7 @@ class Loader:
         if workers:
             self._workers = DataLoader(
                 self._read,  # type: ignore[arg-type]
-                sampler=self._positions,  # type: ignore[arg-type]
+                sampler=self._positions,
                 batch_size=None,
                 num_workers=workers,
                 multiprocessing_context="spawn",

@@ -145,7 +145,8 @@ class SquaredErrorLoss:
 class BinaryCrossEntropyLoss:
     """``weight * sum over outputs`` of the binary cross-entropy of logits per sample, averaged over the samples.
 
-    Its metrics: ``loss_sum``, ``correct`` (per sample the share of outputs on the right side of 1/2), ``terms`` (samples).
+    Its metrics: ``loss_sum``, ``correct`` (of a sample: the share of outputs on the right side of 1/2), ``terms``
+    (samples).
 
     Args:
         weight: None means 1 / (outputs of a sample), as torch's ``BCEWithLogitsLoss`` has it.

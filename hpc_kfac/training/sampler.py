@@ -57,8 +57,8 @@ class ShardedSampler:
             raise ValueError(f"rank = {rank} is outside the {ranks} ranks; it must be from 0 to ranks - 1")
         if global_batch < ranks:
             raise ValueError(
-                f"global batch = {global_batch} is smaller than the number of ranks, {ranks}: some ranks would never have"
-                f" a sample; use a batch of at least {ranks} or fewer ranks"
+                f"global batch = {global_batch} is smaller than the number of ranks, {ranks}: some ranks would never"
+                f" have a sample; use a batch of at least {ranks} or fewer ranks"
             )
         self.samples, self.global_batch = samples, global_batch
         self.rank, self.ranks = rank, ranks

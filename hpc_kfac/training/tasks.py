@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hpc_kfac.training import models_text, models_vision
-from hpc_kfac.training.datasets import ByteImages, DataError, Dataset, ItemDataset, ReconstructionImages, TensorDataset
+from hpc_kfac.training.datasets import ByteImages, Dataset, ItemDataset, ReconstructionImages, TensorDataset
 from hpc_kfac.training.loader import Augment
 from hpc_kfac.training.losses import CrossEntropyLoss, Loss, SquaredErrorLoss
 
@@ -172,6 +172,7 @@ def cifar10(
 
 def char_text(
     path: str | None = None,
+    pattern: str = "*",
     sequence_length: int = 128,
     width: int = 128,
     blocks: int = 4,
@@ -184,6 +185,7 @@ def char_text(
 
     Args:
         path: a text file or a folder of them; None takes the Python standard library's own sources.
+        pattern: which files of a folder, searched at any depth.
         sequence_length: characters of a sample.
         width: features of a position.
         blocks: transformer blocks.
@@ -194,8 +196,8 @@ def char_text(
     """
     from hpc_kfac.training.text import read_text, windows
 
-    tokens, vocabulary = read_text(path)
-    train, test = windows(tokens, sequence_length, path)
+    tokens, vocabulary = read_text(path, pattern)
+    train, test = windows(tokens, sequence_length)
     return Task(
         model=seeded(seed, lambda: models_text.GPT(vocabulary, sequence_length, width, blocks, heads, dropout)),
         train=train,
@@ -278,8 +280,8 @@ def user(
 ) -> Task:
     """Your own task: an importable function that returns (model, loss, train, test).
 
-    `loss` follows `hpc_kfac.training.losses.Loss`; its CrossEntropyLoss, SquaredErrorLoss and BinaryCrossEntropyLoss are
-    ready to use. The data sets have ``fetch(indices)`` or are torch map-style data sets of (input, target).
+    `loss` follows `hpc_kfac.training.losses.Loss`; CrossEntropyLoss, SquaredErrorLoss and BinaryCrossEntropyLoss there
+    are ready to use. The data sets have ``fetch(indices)`` or are torch map-style data sets of (input, target).
 
     Args:
         function: ``package.module:function``.
