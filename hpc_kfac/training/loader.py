@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hpc_kfac.training.datasets import Dataset, KeyedDataset
+from hpc_kfac.training.datasets import DataError, Dataset, KeyedDataset
 from hpc_kfac.training.sampler import GlobalBatch, ShardedSampler
 
 Augment = Callable[[Tensor, Tensor, int, int], Tensor]
@@ -90,6 +90,8 @@ class Loader:
     def _from_workers(self, workers: DataLoader, parts: list[GlobalBatch]) -> Iterator[Batch]:
         self._positions.parts = parts
         for part, tensors in zip(parts, workers, strict=True):
+            if isinstance(tensors, DataError):
+                raise tensors
             yield _batch(part, tensors)
 
     def _from_thread(self, parts: Iterator[GlobalBatch]) -> Iterator[Batch]:
@@ -113,9 +115,12 @@ class _Reader:
     def __call__(self, part: GlobalBatch) -> tuple[Tensor, Tensor]:
         return self.read(part.indices, part.epoch)
 
-    def __getitem__(self, position: tuple[np.ndarray, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, position: tuple[np.ndarray, int]) -> tuple[Tensor, Tensor] | DataError:
         indices, epoch = position
-        return self.read(torch.from_numpy(indices), epoch)
+        try:
+            return self.read(torch.from_numpy(indices), epoch)
+        except DataError as error:
+            return error  # raised by the loop: a worker's own exception would be buried in its traceback
 
     def read(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         if isinstance(self.dataset, KeyedDataset):
