@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Above this size a CPU copies row by row: index tensors would take more memory than the matrix and gain little.
-_LARGEST_INDEXED = 2048
+_LARGEST_INDEXED = 3072
 _MIRROR_TILE = 256
 
 

@@ -1,0 +1,150 @@
+"""K-FAC: the curvature of a layer as a Kronecker product of two factors (Martens & Grosse 2015).
+
+F is replaced by kron(G, A) with the activation factor A = E[x x^T] and the gradient factor G = E[g g^T], g the gradient
+of a sample's own loss. One-sided, diagonal, block-diagonal and spatially uncorrelated factors are structures of A, G.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from hpc_kfac.methods.kronecker import COMPOSE, EIGH, INVERSE, Kronecker, as_operand, eigenvalue_grid, mean_or_one
+from hpc_kfac.methods.method import Cost, State, StateSpec
+
+if TYPE_CHECKING:
+    from hpc_kfac.layers.batch import LayerShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class KFAC(Kronecker):
+    """K-FAC.
+
+    Args:
+        damping: added to the curvature, in units of kron(G, A), or a `Damping`.
+        decay: weight of the old value in the running factors.
+        solver: "eigen" damps the Kronecker product exactly: U = Q_G [(Q_G^T D Q_A) / (d_G d_A^T + damping)] Q_A^T.
+            "cholesky" damps each factor, (G + sqrt(damping)/pi I)^-1 D (A + pi sqrt(damping) I)^-1 with
+            pi^2 = (tr A / a) / (tr G / o); half the work when applied and far less in a refresh.
+        power: 1 for the inverse; 0.5 for factors to the power -1/2, each damped alone as for "cholesky".
+        input_structure: "dense", "block", "diagonal", or "identity" for no preconditioning on the input side.
+        output_structure: the same for the output side; "identity" needs no gradient statistics (FOOF, Benzing 2022).
+        block_size: rows of a block for "block".
+        spatially_uncorrelated: convolutions keep channel correlations only (Grosse & Martens 2016).
+        diagonal_above: a side with more rows than this keeps its diagonal only.
+        relative_damping: damping is a share: of the mean eigenvalue of kron(G, A) for power 1, of the mean eigenvalue
+            of each factor for power 0.5.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    solver: Literal["eigen", "cholesky"] = "eigen"
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.solver not in ("eigen", "cholesky"):
+            raise ValueError(f"solver is {self.solver!r}; choose eigen or cholesky")
+        if self.power not in (0.5, 1.0):
+            raise ValueError(f"power is {self.power}; choose 1.0 or 0.5")
+
+    @property
+    def _exact(self) -> bool:
+        """Whether damping is added to the Kronecker product itself, at precondition time."""
+        return self.solver == "eigen" and self.power == 1.0
+
+    @property
+    def _solved_name(self) -> str:
+        return "inverse" if self.power == 1.0 else "root"
+
+    def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
+        specs = self.factor_specs(shape)
+        if self._exact:
+            specs += self.basis_specs(shape, lives="workers")
+            specs += [StateSpec(f"{name}_values", (shape.blocks, d), "solved") for name, _, d in self.sides(shape)]
+        else:
+            specs += [
+                StateSpec(
+                    f"{name}_{self._solved_name}",
+                    structure.inverse_shape(shape.blocks, d),
+                    "solved",
+                    symmetric=structure.symmetric,
+                    operand=True,
+                )
+                for name, structure, d in self.sides(shape)
+            ]
+        return tuple(specs)
+
+    def refresh(self, state: State, shape: LayerShape, damping: float) -> State:
+        if self._exact:
+            return self.decompose(state, shape)
+        dampings = self._split_damping(state, shape, damping)
+        result = {}
+        for name, structure, _ in self.sides(shape):
+            solve = structure.inverse if self.power == 1.0 else structure.inverse_root
+            result[f"{name}_{self._solved_name}"] = solve(state[name], dampings[name])
+        return result
+
+    def _split_damping(self, state: State, shape: LayerShape, damping: float) -> dict[str, Tensor | float]:
+        """Damping of each factor, [p] where it depends on traces."""
+        sides = self.sides(shape)
+        means = {name: mean_or_one(structure.trace(state[name], d) / d) for name, structure, d in sides}
+        if self.relative_damping and self.power == 0.5:
+            return {name: damping * mean for name, mean in means.items()}
+        if len(sides) < 2:  # the identity on the other side leaves the product equal to this factor
+            return {name: damping * (mean if self.relative_damping else 1.0) for name, mean in means.items()}
+        root = damping**0.5 * (means["A"] * means["G"]).sqrt() if self.relative_damping else damping**0.5
+        pi = (means["A"] / means["G"]).sqrt()
+        return {"A": root * pi, "G": root / pi}
+
+    def precondition(self, gradient: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
+        if not self.sides(shape):
+            return gradient / (1.0 + damping) ** self.power
+        if self._exact:
+            rotated = self.to_basis(gradient, state, shape)
+            damped = self._damped_values(state, shape, damping, gradient.dtype)
+            return self.from_basis(rotated.div(damped), state, shape)
+        a_solved, g_solved = self._by_side(state, shape, "_" + self._solved_name)
+        update = self._apply_left(as_operand(gradient, a_solved, g_solved), g_solved, shape)
+        return self._apply_right(update, a_solved, shape).to(gradient.dtype)
+
+    def _by_side(self, state: State, shape: LayerShape, suffix: str) -> tuple[Tensor | None, Tensor | None]:
+        """The A and the G tensor of a kind, None for an identity."""
+        found = {name: state[name + suffix] for name, _, _ in self.sides(shape)}
+        return found.get("A"), found.get("G")
+
+    def _apply_left(self, matrix: Tensor, tensor: Tensor | None, shape: LayerShape) -> Tensor:
+        return matrix if tensor is None else self.structures(shape)[1].apply_left(matrix, tensor)
+
+    def _apply_right(self, matrix: Tensor, tensor: Tensor | None, shape: LayerShape) -> Tensor:
+        return matrix if tensor is None else self.structures(shape)[0].apply_right(matrix, tensor)
+
+    def _damped_values(self, state: State, shape: LayerShape, damping: float, dtype: torch.dtype) -> Tensor:
+        """d_G d_A^T + damping, broadcasting to [p, o, a]."""
+        values = [None if side is None else side.to(dtype) for side in self._by_side(state, shape, "_values")]
+        scale: Tensor | float = damping
+        if self.relative_damping:
+            for side in values:
+                if side is not None:
+                    scale = scale * mean_or_one(side.mean(-1))[:, None, None]
+        return eigenvalue_grid(*values) + scale
+
+    def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
+        a_factor, g_factor = self._by_side(state, shape, "")
+        return (self._apply_left(delta, g_factor, shape) * self._apply_right(delta, a_factor, shape)).sum()
+
+    def cost(self, shape: LayerShape) -> Cost:
+        """Flops of dense factors: statistics 2 (a^2 + o^2) for a row, eigh 9 n^3, Cholesky inverse n^3, root 11 n^3,
+        gradient 4 a o (a + o) with the eigen solver and half of that with one matrix a side."""
+        elementwise = 3.0 * shape.parameters
+        if self._exact:
+            refresh = self.refresh_flops(shape, EIGH)
+            precondition = 2 * self.product_flops(shape, rotations_only=True) + elementwise
+        else:
+            refresh = self.refresh_flops(shape, INVERSE if self.power == 1.0 else EIGH + COMPOSE)
+            precondition = self.product_flops(shape, rotations_only=False)
+        return Cost(self.statistics_flops(shape), refresh, precondition)
