@@ -1,0 +1,264 @@
+"""Settings of a run: typed, read from a YAML file and the command line by jsonargparse.
+
+Everything that can be chosen by name (task, optimizer, method, ...) is a function or class in a table; its keyword
+arguments are its settings, checked and documented by its own signature and docstring. A new entry in a table needs no
+line here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import register_type
+
+import hpc_kfac as hk
+from hpc_kfac.training.launch import InputError
+from hpc_kfac.training.optimizers import OPTIMIZERS, SCHEDULES
+from hpc_kfac.training.tasks import TASKS
+
+USAGE = "hpc-kfac train [RUN.yaml] [--key value ...]"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of the run itself.
+
+    Args:
+        name: name of the run folder; null takes the task's.
+        epochs: passes over the training set.
+        max_steps: ends the run after so many optimisation steps.
+        max_seconds: ends the run after so many seconds of training.
+        global_batch: samples of an optimisation step over all ranks and micro-batches.
+        evaluation_batch: samples read at once over all ranks when evaluating.
+        accumulation_steps: micro-batches a rank splits its part of a batch into.
+        clip_gradient: largest norm of the averaged gradient, before it is preconditioned.
+        seed: of weights, order of samples, augmentation, dropout and sampled labels.
+        averaging: what averages gradients over ranks.
+        device: auto takes the rank's GPU where there is one.
+        threads: of torch on each rank; null leaves OMP_NUM_THREADS, or shares the cores between the ranks.
+        workers: processes a rank reads data with; 0 reads in the rank itself.
+        autocast: precision of the forward pass; fp16 scales the loss.
+        fisher: where curvature comes from: the labels, labels drawn from the model, or all outputs.
+        weight_sharing: how a layer's statistics treat positions that share its weights.
+        skip: name patterns of layers that are left to the optimizer.
+        max_skipped: non-finite gradients in a row that end the run.
+        log_every: steps between two rows of metrics.
+        evaluate_every: epochs between two evaluations; the end of the run always has one.
+        tensorboard: also write TensorBoard files.
+        run_dir: folder that gets the run folder.
+        progress: a bar, or plain lines; auto draws the bar on a terminal.
+        dry_run: print settings, layers and memory, and train nothing.
+    """
+
+    name: str | None = None
+    epochs: int = 10
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    global_batch: int = 128
+    evaluation_batch: int = 2000
+    accumulation_steps: int = 1
+    clip_gradient: float | None = None
+    seed: int = 0
+    averaging: Literal["horovod", "ddp", "mpi4py"] = "horovod"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    workers: int = 0
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    fisher: Literal["empirical", "sampled", "exact"] = "empirical"
+    weight_sharing: Literal["expand", "reduce"] = "expand"
+    skip: list[str] = field(default_factory=list)
+    max_skipped: int = 10
+    log_every: int = 50
+    evaluate_every: int = 1
+    tensorboard: bool = False
+    run_dir: str = "logs"
+    progress: Literal["auto", "bar", "lines"] = "auto"
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        whole = ("epochs", "global_batch", "evaluation_batch", "accumulation_steps", "log_every", "evaluate_every")
+        for name in (*whole, "max_steps", "max_seconds", "clip_gradient", "threads", "max_skipped"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} is {value}; give a positive number")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One choice with its settings; calling it builds the thing."""
+
+    kind: str
+    name: str
+    make: Callable[..., Any] | None
+    settings: dict[str, Any]
+
+    def __call__(self, **given: Any) -> Any:
+        if self.make is None:
+            return None
+        try:
+            return self.make(**given, **self.settings)
+        except (ValueError, OSError) as error:
+            raise InputError(f"{self.kind} {self.name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one key of the settings may name.
+
+    Attributes:
+        choices: name -> function or class; None for a choice that builds nothing.
+        default: the name taken when none is given.
+        given: an argument that the trainer supplies; all others are settings.
+    """
+
+    choices: Mapping[str, Callable[..., Any] | None]
+    default: str
+    given: str | None = None
+
+    def find(self, key: str, name: str) -> Callable[..., Any] | None:
+        """The function or class of that name.
+
+        Raises:
+            InputError: there is none.
+        """
+        if name not in self.choices:
+            raise InputError(f"{key} is {name!r}; choose one of {', '.join(self.choices)}")
+        return self.choices[name]
+
+
+KINDS = {
+    "task": Kind(TASKS, "digits", given="seed"),
+    "optimizer": Kind(OPTIMIZERS, "sgd", given="model"),
+    "lr_schedule": Kind(SCHEDULES, "constant", given="length"),
+    "method": Kind(
+        {"none": None, "kfac": hk.KFAC, "ekfac": hk.EKFAC, "eva": hk.Eva, "sample_matrix": hk.SampleMatrix}, "kfac"
+    ),
+    "placement": Kind({"kaisa": hk.Kaisa}, "kaisa"),
+    "schedule": Kind({"intervals": hk.Schedule}, "intervals"),
+    "step_control": Kind({"none": None, "kl_clip": hk.KLClip, "fixed_norm": hk.FixedNorm}, "kl_clip"),
+    "precision": Kind({"dtypes": hk.Precision}, "dtypes"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run.
+
+    Attributes:
+        run: settings of the run itself.
+        parts: the chosen components, by the keys of `KINDS`.
+        resolved: the same as YAML text, every default filled in; a run file of its own.
+    """
+
+    run: RunSettings
+    parts: dict[str, Component]
+    resolved: str
+
+    @property
+    def name(self) -> str:
+        return self.run.name or self.parts["task"].name.rpartition(".")[2]
+
+
+def parse(arguments: Sequence[str]) -> Settings:
+    """Reads ``[RUN.yaml] [--key value ...]``; the command line wins.
+
+    Raises:
+        InputError: anything wrong, naming the thing, the value and the mend.
+        SystemExit: after ``--help`` and ``--print_config``.
+    """
+    arguments = list(arguments)
+    document = _read(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else {}
+    names = {key: _name(key, kind, document, arguments) for key, kind in KINDS.items()}
+    makers = {key: kind.find(key, names[key]) for key, kind in KINDS.items()}
+    parser = _parser(names, makers)
+    try:
+        parsed = parser.parse_args(["--config", json.dumps(document), *arguments])
+        values = parser.instantiate(parsed)
+        run = RunSettings(**{entry.name: values[entry.name] for entry in fields(RunSettings)})
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise InputError(f"{error}\n  'hpc-kfac train --help' lists the settings with their types.") from error
+    parts = {key: Component(key, names[key], makers[key], _settings(values.get(key))) for key in KINDS}
+    return Settings(run, parts, parser.dump(parsed))
+
+
+def _settings(values: Namespace | None) -> dict[str, Any]:
+    return {key: value for key, value in vars(values or Namespace()).items() if key != "name"}
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise InputError(f"run file {path}: {error.strerror}; the ones that come along are in jobs/runs/") from error
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"run file {path} is no YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"run file {path} holds a {type(document).__name__}; it must hold 'key: value' lines")
+    return document
+
+
+def _name(key: str, kind: Kind, document: dict[str, Any], arguments: list[str]) -> str:
+    """The chosen name; leaves `document` and `arguments` in the form the parser reads: ``key: {name: ..., ...}``."""
+    entry = document.get(key, {})
+    if entry is None or isinstance(entry, str):
+        entry = {"name": entry or "none"}
+    if not isinstance(entry, dict):
+        raise InputError(f"{key} is {entry!r}; give a name, or settings as in {key}: {{name: {kind.default}}}")
+    overrides = list(_taken(arguments, (f"--{key}", f"--{key}.name")))
+    name = str(overrides[-1] if overrides else entry.get("name", kind.default))
+    if name != entry.get("name", kind.default):
+        entry = {}  # another choice: the file's settings are not for it
+    document[key] = entry | {"name": name}
+    return name
+
+
+def _taken(arguments: list[str], options: tuple[str, ...]) -> Iterator[str]:
+    """Removes ``--option value`` and ``--option=value`` from the arguments and yields the values."""
+    position = 0
+    while position < len(arguments):
+        option, equals, value = arguments[position].partition("=")
+        if option not in options:
+            position += 1
+        elif equals:
+            del arguments[position]
+            yield value
+        elif position + 1 < len(arguments):
+            value = arguments[position + 1]
+            del arguments[position : position + 2]
+            yield value
+        else:
+            raise InputError(f"{option} needs a value")
+
+
+def _parser(names: Mapping[str, str], makers: Mapping[str, Callable[..., Any] | None]) -> ArgumentParser:
+    parser = ArgumentParser(prog="hpc-kfac train", usage=USAGE, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="A further YAML file.")
+    parser.add_class_arguments(RunSettings, None, instantiate=False)
+    for key, kind in KINDS.items():
+        parser.add_argument(f"--{key}.name", type=str, default=names[key], help=f"One of {', '.join(kind.choices)}.")
+        make = makers[key]
+        if isinstance(make, type):
+            parser.add_class_arguments(make, key, instantiate=False)
+        elif make is not None:
+            parser.add_function_arguments(make, key, skip={kind.given} if kind.given else set())
+    return parser
+
+
+def _dtype(name: str) -> torch.dtype:
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+    found = getattr(torch, short.get(name, name), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name} is no dtype; use float32, float64 or bfloat16")
+    return found
+
+
+register_type(torch.dtype, serializer=lambda dtype: str(dtype).removeprefix("torch."), deserializer=_dtype)

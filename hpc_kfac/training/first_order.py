@@ -1,0 +1,50 @@
+"""Stands in for the preconditioner under ``method: none``: the same calls, the gradient as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpc_kfac import StepReport, TrainingDiverged
+from hpc_kfac.training.launch import Ranks
+
+
+class FirstOrder:
+    """Checks the averaged gradient and sums the loop's numbers over ranks, as the preconditioner does.
+
+    Args:
+        model: whose gradients are checked.
+        ranks: all processes.
+        max_skipped: so many non-finite steps in a row raise `TrainingDiverged`.
+    """
+
+    damping_due = False
+
+    def __init__(self, model: nn.Module, ranks: Ranks, max_skipped: int = 10) -> None:
+        self._model, self._ranks, self._max_skipped = model, ranks, max_skipped
+        self._skipped_in_row = 0
+        self.timings: dict[str, float] = {}
+
+    def observe(self, outputs: Any, **about: Any) -> None:
+        """Nothing to observe."""
+
+    def step(self, scalars: Mapping[str, float] | None = None, log: bool = False) -> StepReport:
+        """Leaves the gradients alone.
+
+        Raises:
+            TrainingDiverged: more than `max_skipped` steps in a row had non-finite gradients.
+        """
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        finite = bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
+        totals = self._ranks.sum({"bad": float(not finite), **(scalars or {})})
+        applied = totals.pop("bad") == 0
+        self._skipped_in_row = 0 if applied else self._skipped_in_row + 1
+        if self._skipped_in_row > self._max_skipped:
+            raise TrainingDiverged(f"{self._skipped_in_row} steps in a row had non-finite gradients")
+        return StepReport(applied, 1.0, 0.0, False, 0, 0, totals, {})
+
+    def adapt_damping(self, evaluate: Callable[[], float], loss: float) -> None:
+        """There is no damping."""

@@ -1,0 +1,181 @@
+"""The ranks of a run: how they find each other, which device each takes, and how they end together."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from hpc_kfac.training.datasets import DataError
+
+LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
+"""Variables that MPI launchers set for their ranks."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message names the thing, the value and the mend."""
+
+
+class RunStopped(RuntimeError):
+    """The run cannot go on; the message says at which step, and what was good last."""
+
+
+EXPECTED = (InputError, DataError, RunStopped)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of the run.
+
+    Attributes:
+        comm: an mpi4py communicator of the trainer's own; None for one process.
+        rank: from 0.
+        size: number of processes.
+        local_rank: from 0, on this machine.
+        local_size: number of processes on this machine.
+    """
+
+    comm: Any = None
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on all ranks. Collective."""
+        return [value] if self.comm is None else self.comm.allgather(value)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value. Collective."""
+        return value if self.comm is None else self.comm.bcast(value)
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums by name; the same names on every rank. Collective."""
+        totals = torch.tensor(list(values.values()), dtype=torch.float64)
+        self.sum_tensor(totals)
+        return dict(zip(values, totals.tolist(), strict=True))
+
+    def sum_tensor(self, tensor: torch.Tensor) -> None:
+        """Sums a contiguous tensor over ranks in place. Collective."""
+        if self.comm is not None:
+            from mpi4py import MPI
+
+            host = tensor.detach().cpu()
+            self.comm.Allreduce(MPI.IN_PLACE, host.numpy())
+            if host.data_ptr() != tensor.data_ptr():
+                tensor.copy_(host)
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Wraps what each rank does by itself, such as opening files: if it fails on one rank, it fails on all.
+
+        Raises:
+            InputError: on every rank, with the message of the first rank that failed.
+        """
+        problem: str | None = None
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            problem = str(error)
+        problems = self.gather(problem)
+        failed = [rank for rank, text in enumerate(problems) if text is not None]
+        if failed:
+            where = "" if len(failed) == self.size else f"rank {failed[0]} of {self.size}: "
+            raise InputError(where + problems[failed[0]])
+
+
+def launched_by_mpi() -> bool:
+    """Whether an MPI launcher started this process; a plain `python` then needs no MPI at all."""
+    return any(name in os.environ for name in LAUNCHERS)
+
+
+def join() -> Ranks:
+    """Finds the other ranks. One process outside of mpirun.
+
+    Raises:
+        InputError: a launch that cannot work: too low a thread level, or srun that started singletons.
+    """
+    from hpc_kfac import stack
+
+    try:
+        if not launched_by_mpi():
+            stack.check_launch()
+            return Ranks()
+        from mpi4py import MPI
+
+        stack.check_threads()
+        stack.check_launch()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise InputError(str(error)) from error
+    comm = MPI.COMM_WORLD.Dup()
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    ranks = Ranks(comm, comm.rank, comm.size, node.rank, node.size)
+    node.Free()
+    return ranks
+
+
+def choose_device(name: str, ranks: Ranks) -> torch.device:
+    """The device of this rank: its local rank's GPU, or the CPU.
+
+    Raises:
+        InputError: cuda is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is cuda, but torch sees no GPU; use device: cpu, or check 'hpc-kfac info'")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_threads(threads: int | None, ranks: Ranks) -> int:
+    """Sets torch's threads: as told, else as OMP_NUM_THREADS says, else an even share of the cores."""
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks.local_size)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def end(error: BaseException, ranks: Ranks) -> NoReturn:
+    """Ends all ranks after an exception: quietly together if all of them got here, by MPI's Abort if not.
+
+    An expected error is one message; anything else is this rank's traceback.
+    """
+    code = 2 if isinstance(error, InputError | DataError) else 1
+    if isinstance(error, EXPECTED) and _all_arrived(ranks):
+        if ranks.rank == 0:
+            _say(f"hpc-kfac: {error}")
+        if ranks.comm is not None:
+            ranks.comm.Barrier()  # mpirun kills the others, rank 0's message included, as soon as one has exited
+        sys.exit(code)
+    who = f"rank {ranks.rank} of {ranks.size}: " if ranks.size > 1 else ""
+    _say(f"hpc-kfac: {who}{error}" if isinstance(error, EXPECTED) else who + traceback.format_exc())
+    if ranks.comm is not None and ranks.size > 1:
+        ranks.comm.Abort(code)
+    sys.exit(code)
+
+
+def _all_arrived(ranks: Ranks, seconds: float = 3.0) -> bool:
+    if ranks.comm is None:
+        return True
+    request = ranks.comm.Ibarrier()
+    deadline = time.monotonic() + seconds
+    while not request.Test():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _say(text: str) -> None:
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)

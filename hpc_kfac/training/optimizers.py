@@ -1,0 +1,294 @@
+"""First-order optimizers under the preconditioner, and learning-rate schedules.
+
+Both tables hold functions: the model, or the length of the run, comes first; the keywords are the settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
+
+
+def sgd(
+    model: nn.Module, *, lr: float = 0.1, momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 0.0
+) -> Optimizer:
+    """Stochastic gradient descent.
+
+    Args:
+        lr: learning rate.
+        momentum: of the heavy ball.
+        nesterov: look ahead with the momentum.
+        weight_decay: added to the (preconditioned) gradient, times the weight.
+    """
+    nesterov = nesterov and momentum > 0
+    return SGD(_trainable(model), lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+
+
+def adamw(
+    model: nn.Module,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> Optimizer:
+    """AdamW (Loshchilov & Hutter 2019).
+
+    Args:
+        lr: learning rate.
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: times lr, taken off the weight; matrices and filters only.
+    """
+    return AdamW(_decay_groups(model, weight_decay), lr=lr, betas=betas, eps=eps)
+
+
+def muon(
+    model: nn.Module,
+    *,
+    lr: float = 0.02,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+    adamw_lr: float = 1e-3,
+    adamw_betas: tuple[float, float] = (0.9, 0.95),
+) -> Optimizer:
+    """Muon (Jordan et al. 2024) for the matrices of hidden layers, AdamW for all other parameters.
+
+    Args:
+        lr: learning rate of Muon.
+        momentum: of Muon.
+        nesterov: of Muon.
+        weight_decay: of both.
+        adamw_lr: learning rate of AdamW.
+        adamw_betas: moments of AdamW.
+    """
+    matrices = _hidden_matrices(model)
+    rest = [parameter for parameter in _trainable(model) if not any(parameter is matrix for matrix in matrices)]
+    groups: list[dict[str, Any]] = [
+        {"rule": "muon", "params": matrices, "lr": lr, "momentum": momentum, "nesterov": nesterov},
+        {"rule": "adamw", "params": rest, "lr": adamw_lr, "betas": adamw_betas},
+    ]
+    return MuonWithAdamW([group | {"weight_decay": weight_decay} for group in groups if group["params"]])
+
+
+def lamb(
+    model: nn.Module,
+    *,
+    lr: float = 2e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+) -> Optimizer:
+    """LAMB, for large batches (You et al. 2020).
+
+    Args:
+        lr: learning rate.
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: matrices and filters only.
+    """
+    return Lamb(_decay_groups(model, weight_decay), lr=lr, betas=betas, eps=eps)
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {"sgd": sgd, "adamw": adamw, "muon": muon, "lamb": lamb}
+
+
+class MuonWithAdamW(Optimizer):
+    """Two of torch's optimizers over disjoint parameters that behave as one: the same groups, the same state.
+
+    Args:
+        params: groups, each with a ``rule``, "muon" or "adamw".
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]]) -> None:
+        super().__init__(params, {})
+        self._inner: list[Optimizer] = []
+        for rule, make in (("muon", Muon), ("adamw", AdamW)):
+            groups = [group for group in self.param_groups if group["rule"] == rule]
+            if groups:
+                inner: Any = make(groups)  # it keeps these very dicts, and adds its own defaults
+                inner.state = self.state
+                self._inner.append(inner)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for inner in self._inner:
+            rule = inner.param_groups[0]["rule"]
+            inner.param_groups = [group for group in self.param_groups if group["rule"] == rule]
+            inner.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for inner in self._inner:
+            inner.step()
+
+
+class Lamb(Optimizer):
+    """Adam's direction, each tensor's step scaled to the norm of its weights.
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate.
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: added to the direction, times the weight.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state |= {"step": 0, "mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
+        state["step"] += 1
+        first, second = group["betas"]
+        mean = state["mean"].mul_(first).add_(gradient, alpha=1 - first)
+        square = state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        mean = mean / (1 - first ** state["step"])
+        square = square / (1 - second ** state["step"])
+        direction = mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * parameter
+        weight_norm, step_norm = parameter.norm(), direction.norm()
+        trust = torch.where((weight_norm > 0) & (step_norm > 0), weight_norm / step_norm, 1.0)
+        parameter.sub_(direction * trust * group["lr"])
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices and filters, none for biases and norm scales."""
+    parameters = _trainable(model)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of Linear layers but the last one, whose outputs are the model's; embeddings are no matrices here."""
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    unique = list(dict.fromkeys(weight for weight in weights[:-1] if weight.requires_grad))
+    return [weight for weight in unique if weight is not weights[-1]]
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """What a schedule needs to know of the run.
+
+    Attributes:
+        steps: optimisation steps in all.
+        steps_per_epoch: optimisation steps of one epoch.
+        ranks: number of processes.
+    """
+
+    steps: int
+    steps_per_epoch: int
+    ranks: int
+
+
+LearningRate = Callable[[int], float]
+"""Step -> the factor for all learning rates."""
+
+
+def constant(length: RunLength, *, warmup_epochs: float = 0.0, scale_with_ranks: bool = False) -> LearningRate:
+    """The learning rate stays as it is.
+
+    Args:
+        warmup_epochs: epochs over which the learning rate rises linearly.
+        scale_with_ranks: multiply the learning rate by the number of ranks; the warm-up then starts from the
+            unscaled one (Goyal et al. 2017), else from near 0.
+    """
+    return _warmed(length, warmup_epochs, scale_with_ranks, lambda step: 1.0)
+
+
+def cosine(
+    length: RunLength, *, warmup_epochs: float = 0.0, scale_with_ranks: bool = False, final: float = 0.0
+) -> LearningRate:
+    """Half a cosine from the full learning rate at the end of the warm-up to `final` at the end of the run.
+
+    Args:
+        warmup_epochs: epochs over which the learning rate rises linearly.
+        scale_with_ranks: multiply the learning rate by the number of ranks; the warm-up then starts from the
+            unscaled one (Goyal et al. 2017), else from near 0.
+        final: share of the learning rate that is left at the end.
+    """
+    start = warmup_epochs * length.steps_per_epoch
+
+    def factor(step: int) -> float:
+        progress = min(1.0, (step - start) / max(1.0, length.steps - start))
+        return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+
+    return _warmed(length, warmup_epochs, scale_with_ranks, factor)
+
+
+def steps(
+    length: RunLength,
+    *,
+    epochs: tuple[float, ...] | list[float] = (),
+    drop: float = 0.1,
+    warmup_epochs: float = 0.0,
+    scale_with_ranks: bool = False,
+) -> LearningRate:
+    """The learning rate drops at given epochs.
+
+    Args:
+        epochs: when it drops.
+        drop: factor of each drop.
+        warmup_epochs: epochs over which the learning rate rises linearly.
+        scale_with_ranks: multiply the learning rate by the number of ranks; the warm-up then starts from the
+            unscaled one (Goyal et al. 2017), else from near 0.
+    """
+    return _warmed(
+        length,
+        warmup_epochs,
+        scale_with_ranks,
+        lambda step: drop ** sum(step >= epoch * length.steps_per_epoch for epoch in epochs),
+    )
+
+
+SCHEDULES: dict[str, Callable[..., Any]] = {"constant": constant, "cosine": cosine, "steps": steps}
+
+
+def _warmed(length: RunLength, warmup_epochs: float, scale_with_ranks: bool, after: LearningRate) -> LearningRate:
+    if warmup_epochs < 0:
+        raise ValueError(f"warmup_epochs is {warmup_epochs}; give 0 or a number of epochs")
+    peak = float(length.ranks) if scale_with_ranks else 1.0
+    start = 1.0 if scale_with_ranks else 0.0
+    warmup = warmup_epochs * length.steps_per_epoch
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return start + (peak - start) * (step + 1) / (warmup + 1)
+        return peak * after(step)
+
+    return factor
+
+
+def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
+    """Multiplies the learning rate every group was created with."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group.setdefault("initial_lr", group["lr"])

@@ -1,0 +1,143 @@
+"""The folder of a run: its settings, where it ran, and its metrics."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpc_kfac.training.config import Settings
+from hpc_kfac.training.launch import Ranks
+
+SCHEDULER_PREFIXES = ("SLURM_", "PBS_", "LSB_", "LSF_", "OMPI_COMM_WORLD_", "OMP_", "HOROVOD_", "CUDA_VISIBLE")
+PACKAGES = ("hpc-kfac", "torch", "numpy", "mpi4py", "horovod", "h5py", "jsonargparse")
+
+
+class RunFolder:
+    """Writes a run's files; does nothing on other ranks than 0.
+
+    Args:
+        path: of the folder; the same on every rank.
+        writes: whether this is rank 0.
+        tensorboard: also write TensorBoard files.
+    """
+
+    def __init__(self, path: Path, writes: bool, tensorboard: bool = False) -> None:
+        self.path = path
+        self._metrics = open(path / "metrics.jsonl", "a", buffering=1) if writes else None  # noqa: SIM115
+        self._board: Any = None
+        if writes and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(path / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a row to metrics.jsonl. A number that JSON has no word for becomes null."""
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(_finite(row)) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                if isinstance(value, float | int) and name not in ("step", "epoch"):
+                    self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in (self._metrics, self._board):
+            if file is not None:
+                file.close()
+
+
+def create_run_folder(settings: Settings, ranks: Ranks, device: torch.device) -> RunFolder:
+    """Makes the folder, with settings.yaml and run.json, on rank 0. Collective.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    hosts = ranks.gather(socket.gethostname())
+    devices = ranks.gather(str(device))
+    path = Path()
+    with ranks.agreed():
+        if ranks.rank == 0:
+            path = _new_folder(Path(settings.run.run_dir), settings.name)
+            (path / "settings.yaml").write_text(settings.resolved)
+            facts = describe(settings, ranks) | {"hosts": hosts, "devices": devices}
+            (path / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+    path = ranks.broadcast(path)
+    return RunFolder(path, ranks.rank == 0, settings.run.tensorboard)
+
+
+def describe(settings: Settings, ranks: Ranks) -> dict[str, Any]:
+    """What is needed to judge and repeat a run."""
+    return {
+        "name": settings.name,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "git": _git(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "ranks": ranks.size,
+        "mpi": _mpi() if ranks.comm is not None else None,
+        "averaging": settings.run.averaging if ranks.size > 1 else None,
+        "threads": torch.get_num_threads(),
+        "seed": settings.run.seed,
+        "environment": {key: value for key, value in os.environ.items() if key.startswith(SCHEDULER_PREFIXES)},
+    }
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        path = parent / (stamp + suffix)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OSError(f"run folder {path}: {error.strerror}; set run_dir to a folder you may write to") from error
+        return path
+    raise OSError(f"run folder {parent / stamp} exists a thousand times; set name or run_dir")
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the source tree that this package is in, if it is in one."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)  # an installed package inside somebody else's repository
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _mpi() -> dict[str, Any]:
+    from mpi4py import MPI
+
+    return {"library": MPI.Get_library_version().split("\x00")[0].strip(), "thread_level": MPI.Query_thread()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

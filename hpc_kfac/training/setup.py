@@ -1,0 +1,130 @@
+"""Builds everything a run needs from its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpc_kfac import Preconditioner
+from hpc_kfac.training.averaging import Averaging, make_averaging
+from hpc_kfac.training.config import Settings
+from hpc_kfac.training.first_order import FirstOrder
+from hpc_kfac.training.launch import InputError, Ranks, choose_device, set_threads
+from hpc_kfac.training.loader import Loader
+from hpc_kfac.training.optimizers import LearningRate, RunLength
+from hpc_kfac.training.sampler import ShardedSampler
+from hpc_kfac.training.tasks import Task
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The parts of a run.
+
+    Attributes:
+        settings: all of them.
+        ranks: all processes.
+        device: of this rank.
+        task: data and loss.
+        model: on the device.
+        averaging: of gradients; holds the optimizer.
+        preconditioner: or its stand-in under ``method: none``.
+        train: this rank's training batches.
+        test: this rank's part of the test set.
+        length: of the run.
+        learning_rate: step -> factor.
+    """
+
+    settings: Settings
+    ranks: Ranks
+    device: torch.device
+    task: Task
+    model: nn.Module
+    averaging: Averaging
+    preconditioner: Preconditioner | FirstOrder
+    train: Loader
+    test: Loader
+    length: RunLength
+    learning_rate: LearningRate
+
+
+def build(settings: Settings, ranks: Ranks) -> Setup:
+    """Builds a run. Collective.
+
+    Raises:
+        InputError: something in the settings or the data cannot be used.
+    """
+    run, parts = settings.run, settings.parts
+    device = choose_device(run.device, ranks)
+    set_threads(run.threads, ranks)
+    torch.manual_seed(run.seed)  # the same on every rank: what depends on the sample is keyed instead
+    with ranks.agreed():
+        task: Task = parts["task"](seed=run.seed)
+        train, test = _loaders(settings, task, ranks)
+    length = _length(settings, train, ranks)
+    model = task.model.to(device)
+    with ranks.agreed():
+        optimizer = parts["optimizer"](model=model)
+        learning_rate = parts["lr_schedule"](length=length)
+    averaging = make_averaging(run.averaging, model, optimizer, ranks, run.accumulation_steps)
+    preconditioner = make_preconditioner(settings, model, averaging.optimizer, ranks)
+    return Setup(
+        settings, ranks, device, task, model, averaging, preconditioner, train, test, length, learning_rate
+    )
+
+
+def make_preconditioner(
+    settings: Settings, model: nn.Module, optimizer: Any, ranks: Ranks
+) -> Preconditioner | FirstOrder:
+    """The preconditioner that the settings describe, or its stand-in. Collective.
+
+    Raises:
+        InputError: it cannot be built.
+    """
+    run, parts = settings.run, settings.parts
+    method = parts["method"]()
+    if method is None:
+        return FirstOrder(model, ranks, run.max_skipped)
+    try:
+        return Preconditioner(
+            model,
+            optimizer,
+            method=method,
+            placement=parts["placement"](),
+            schedule=parts["schedule"](),
+            step_control=parts["step_control"](),
+            precision=parts["precision"](),
+            fisher=run.fisher,
+            comm=ranks.comm,
+            skip=run.skip,
+            weight_sharing=run.weight_sharing,
+            seed=run.seed,
+            max_skipped=run.max_skipped,
+        )
+    except ValueError as error:
+        raise InputError(f"{error} (or train without curvature: method: none)") from error
+
+
+def _loaders(settings: Settings, task: Task, ranks: Ranks) -> tuple[Loader, Loader]:
+    run = settings.run
+    if run.global_batch < ranks.size * run.accumulation_steps:
+        raise InputError(
+            f"global_batch is {run.global_batch}, less than {ranks.size} ranks times {run.accumulation_steps}"
+            " accumulation steps: some would never have a sample; use a larger batch or fewer ranks"
+        )
+    train = ShardedSampler(len(task.train), run.global_batch, ranks.rank, ranks.size, run.seed)
+    batch = max(run.evaluation_batch, ranks.size)
+    test = ShardedSampler(len(task.test), batch, ranks.rank, ranks.size, shuffle=False)
+    return (
+        Loader(task.train, train, task.augment, run.workers, run.seed),
+        Loader(task.test, test, None, run.workers, run.seed),
+    )
+
+
+def _length(settings: Settings, train: Loader, ranks: Ranks) -> RunLength:
+    steps = settings.run.epochs * len(train)
+    if settings.run.max_steps is not None:
+        steps = min(steps, settings.run.max_steps)
+    return RunLength(steps, len(train), ranks.size)
