@@ -1,10 +1,11 @@
-"""What a captured layer hands to a curvature method: its shape, the uses it was captured from, and the statistics of one batch."""
+"""What a captured layer hands to a curvature method: its shape, its uses, and the statistics of one batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -13,10 +14,10 @@ from hpc_kfac.linalg.structure import Dense, Structure
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Shape of one captured layer: ``blocks`` independent Kronecker blocks, each of an ``outputs x inputs`` weight matrix.
+    """Shape of one captured layer: independent Kronecker blocks, each of an ``outputs x inputs`` weight matrix.
 
     Attributes:
-        blocks: number of blocks p. 1 for most layers, the groups of a grouped convolution, the channels of a norm layer.
+        blocks: number of blocks p: 1 for most layers, groups of a grouped convolution, channels of a norm layer.
         inputs: columns a of the weight matrix, the bias included as the last one.
         outputs: rows o of the weight matrix.
         input_structure: the densest structure that makes sense for A.
@@ -62,12 +63,31 @@ class Use:
     gradient: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How captured uses are to be read.
+
+    Attributes:
+        scale: what the stored gradients are multiplied with to become gradients of the sum of the loss terms.
+        draws: whether the gradients have a leading axis of draws (exact Fisher).
+        mask: True at the positions that count; applied where its shape equals a layer's leading dimensions.
+        reduce: weight sharing as ``reduce`` instead of ``expand`` (Eschenhagen et al. 2023).
+        dtype: the dtype of the statistics.
+    """
+
+    scale: float = 1.0
+    draws: bool = False
+    mask: Tensor | None = None
+    reduce: bool = False
+    dtype: torch.dtype = torch.float32
+
+
 class LayerBatch(Protocol):
     """Statistics of one layer over one batch on this rank.
 
-    x are the layer's input rows (a 1 appended where it has a bias), g the gradients of the SUM of the loss terms with respect to its
-    output. A sample has one or more positions: tokens, pixels, repeated uses. With an exact Fisher there are several g (draws) for each
-    position; sums over g then run over the draws too.
+    x are the layer's input rows (a 1 appended where it has a bias), g the gradients of the SUM of the loss terms with
+    respect to its output. A sample has one or more positions: tokens, pixels, repeated uses. With an exact Fisher there
+    are several g (draws) for each position; sums over g then run over the draws too.
 
     Attributes:
         count: M, the number of loss terms on this rank.

@@ -1,0 +1,192 @@
+"""Capture: forward hooks that note the inputs and output gradients of every layer, on steps that ask for statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from hpc_kfac.layers.batch import LayerBatch, Reading, Use
+from hpc_kfac.layers.layer import CapturedLayer
+from hpc_kfac.layers.selection import select
+
+
+class Capture:
+    """Captures a model's layers. Nothing is kept or computed while ``armed`` is False.
+
+    The first dimension of every input is taken as the sample, except where only the feature dimensions are there.
+    A captured input stays in memory until it is taken, also inside an activation checkpoint.
+
+    Args:
+        model: the model, with its parameters frozen or not as they will be trained.
+        skip: name patterns (``fnmatch``) of modules to leave out, with everything inside them.
+        weight_sharing: what the positions of a sample are to a weight: ``expand`` takes each as a sample of its own,
+            ``reduce`` averages inputs and sums gradients over them first (Eschenhagen et al. 2023).
+        dtype: the dtype in which statistics are computed.
+
+    Attributes:
+        layers: captured layers by module name, in module order.
+        left_out: everything else that has trainable parameters, with the reason.
+        coverage: share of the trainable parameters that is captured.
+        armed: whether forward passes are noted. Passes without gradients never are.
+        keep_output_gradients: True to note the gradients of ordinary backward passes (empirical Fisher); False to note
+            only where a gradient can be asked for, see ``edges`` (sampled and exact Fisher).
+        on_boundary: called when the forward pass of a new micro-batch begins while uses of the last one are pending.
+
+    Raises:
+        ValueError: unknown ``weight_sharing``, a pattern that matches nothing, a lazy module without weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        skip: Sequence[str] = (),
+        weight_sharing: Literal["expand", "reduce"] = "expand",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if weight_sharing not in ("expand", "reduce"):
+            raise ValueError(f"weight_sharing is {weight_sharing!r}; use 'expand' or 'reduce'")
+        self.layers, self.left_out = select(model, skip)
+        self.weight_sharing, self.dtype = weight_sharing, dtype
+        self.armed = False
+        self.keep_output_gradients = True
+        self.on_boundary: Callable[[], None] | None = None
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        captured = sum(parameter.numel() for layer in self.layers.values() for parameter in layer.parameters)
+        self.coverage = captured / max(trainable, 1)
+        self._pending: list[Use] = []
+        self._micro_batch = 0
+        self._backward_seen = False
+        self._seen_with_grad: set[str] = set()
+        self._seen_without_grad: set[str] = set()
+        self._handles = [self._hook(layer) for layer in self.layers.values()]
+
+    def summary(self) -> str:
+        """One paragraph for a log: how much is preconditioned, and what is not and why."""
+        share = 100 * self.coverage
+        text = f"{len(self.layers)} layers with {share:.1f} % of the trainable parameters are preconditioned."
+        if self.left_out:
+            items = [f"{out.name or 'the model'} ({out.reason}; {out.parameters} parameters)" for out in self.left_out]
+            text += f" Left to the optimizer alone: {'; '.join(items)}."
+        return text
+
+    def edges(self) -> list[tuple[CapturedLayer, Use]]:
+        """The pending uses whose gradient can be asked for, in the order of the forward pass."""
+        return [(self.layers[use.layer], use) for use in self._pending if use.edge is not None]
+
+    def take(self, count: float | None, scale: float | None, mask: Tensor | None = None) -> dict[str, LayerBatch]:
+        """Statistics of every layer that a backward pass has reached; forgets all pending uses.
+
+        Args:
+            count: number of loss terms M on this rank; None takes the leading dimension of the first input, summed over
+                micro-batches.
+            scale: turns captured gradients into gradients of the sum of the terms: M / loss_scale for a mean loss. None
+                takes the count.
+            mask: positions [N, S] that count, for layers whose inputs have these leading dimensions.
+
+        Raises:
+            RuntimeError: an input was changed in place after the forward pass.
+        """
+        count = float(self._leading()) if count is None else count
+        scale = count if scale is None else scale
+        uses = [use for use in self._pending if use.gradient is not None]
+        return self._batches(uses, count, Reading(scale, False, mask, self.weight_sharing == "reduce", self.dtype))
+
+    def take_gradients(
+        self,
+        gradients: Mapping[Use, Tensor | None],
+        count: float,
+        draws: bool = False,
+        mask: Tensor | None = None,
+    ) -> dict[str, LayerBatch]:
+        """As ``take``, with the gradients of the sum of the loss terms given for the uses of ``edges``.
+
+        With ``draws`` each gradient has a leading axis of draws; None leaves a use out.
+        """
+        uses = []
+        for use in self._pending:
+            use.gradient = gradients.get(use)
+            if use.gradient is not None:
+                uses.append(use)
+        return self._batches(uses, count, Reading(1.0, draws, mask, self.weight_sharing == "reduce", self.dtype))
+
+    def clear(self) -> None:
+        """Forget all pending uses."""
+        for use in self._pending:
+            use.edge = None
+        self._pending = []
+        self._backward_seen = False
+        self._micro_batch = 0
+
+    def remove(self) -> None:
+        """Take all hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.clear()
+
+    def _leading(self) -> int:
+        """Samples of the pending uses: the leading dimension of the first input of each micro-batch."""
+        first: dict[int, int] = {}
+        for use in self._pending:
+            first.setdefault(use.micro_batch, use.inputs.shape[0] if use.inputs.dim() else 1)
+        return sum(first.values())
+
+    @torch.no_grad()
+    def _batches(self, uses: list[Use], count: float, reading: Reading) -> dict[str, LayerBatch]:
+        by_layer: dict[str, list[Use]] = {name: [] for name in self.layers}
+        for use in uses:
+            if use.inputs._version != use.version:
+                self.clear()
+                raise RuntimeError(
+                    f"the input of layer {use.layer!r} was changed in place after the forward pass, so its statistics "
+                    f"are lost; avoid the in-place operation, copy the input, or leave the layer out with skip"
+                )
+            by_layer[use.layer].append(use)
+        self.clear()
+        return {name: self.layers[name].batch(found, count, reading) for name, found in by_layer.items() if found}
+
+    def _hook(self, layer: CapturedLayer) -> Any:
+        # A plain function: deepcopy keeps it as it is, and it knows a copied module from the captured one.
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if self.armed and module is layer.module:
+                self._note(layer, args[0] if args else kwargs["input"], output)
+
+        return layer.module.register_forward_hook(hook, with_kwargs=True)
+
+    def _note(self, layer: CapturedLayer, inputs: Tensor, output: Tensor) -> None:
+        name = layer.name
+        in_backward = torch._C._current_graph_task_id() != -1
+        if not (torch.is_grad_enabled() and output.requires_grad):
+            if not in_backward and layer.module.training:
+                self._seen_without_grad.add(name)
+            return
+        if in_backward:
+            # A non-reentrant checkpoint computes again what was noted before; a reentrant one shows it here only.
+            if name in self._seen_without_grad and name not in self._seen_with_grad:
+                raise RuntimeError(
+                    f"layer {name!r} is inside a reentrant activation checkpoint, which hides it from the backward "
+                    f"pass; use torch.utils.checkpoint with use_reentrant=False, or leave the layer out with skip"
+                )
+            return
+        self._seen_with_grad.add(name)
+        if self._backward_seen:
+            self._backward_seen = False
+            self._micro_batch += 1
+            if self.on_boundary is not None:
+                self.on_boundary()
+        use = Use(name, inputs.detach(), layer.module.training, self._micro_batch, inputs._version)
+        self._pending.append(use)
+        if self.keep_output_gradients:
+            output.register_hook(lambda gradient: self._arrived(use, gradient))
+        else:
+            use.edge = get_gradient_edge(output)
+
+    def _arrived(self, use: Use, gradient: Tensor) -> None:
+        gradient = gradient.detach()
+        use.gradient = gradient if use.gradient is None else use.gradient + gradient
+        self._backward_seen = True

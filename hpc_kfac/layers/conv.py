@@ -1,0 +1,171 @@
+"""Convolutions in one, two and three dimensions, with stride, any padding, dilation and groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpc_kfac.layers.batch import LayerShape, Reading, Use
+from hpc_kfac.layers.layer import CapturedLayer
+from hpc_kfac.layers.patch_free import patch_free_is_cheaper, patch_free_moment
+from hpc_kfac.layers.positions import Part, PositionBatch
+from hpc_kfac.linalg.structure import Dense, Diagonal, SpatiallyUncorrelated, Structure
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class ConvBatch(PositionBatch):
+    """x [N, C, *space] and g [K, N, O, *space of the output]; the output positions are the positions.
+
+    The input moment takes the cheapest exact path for the structure: sums of squares over windows for a diagonal,
+    pixels weighted by the number of patches that read them for a spatially uncorrelated one, offsets instead of patches
+    where the convolution allows it, and patches otherwise.
+    """
+
+    def __init__(
+        self, module: Convolution, shape: LayerShape, uses: Sequence[Use], count: float, reading: Reading
+    ) -> None:
+        self.module = module
+        self.kernel, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
+        super().__init__(shape, uses, count, reading)
+
+    def part(self, x: Tensor, g: Tensor, mask: Tensor | None) -> Part:
+        if x.dim() == len(self.kernel) + 1:
+            x, g = x.unsqueeze(0), g.unsqueeze(1)
+        if mask is not None and mask.shape == x.shape[:1]:
+            x, g = x[mask], g[:, mask]
+        return Part(x, g, None, math.prod(g.shape[3:]))
+
+    def inputs(self, part: Part, which: slice | Tensor) -> Tensor:
+        return self.patches(self._padded(part.x[which]))
+
+    def gradients(self, part: Part, which: slice | Tensor) -> Tensor:
+        g = part.g[:, which].to(self.dtype)
+        g = g.reshape(*g.shape[:2], self.shape.blocks, self.shape.outputs, part.positions)
+        return g.permute(2, 0, 1, 4, 3)
+
+    def patches(self, padded: Tensor) -> Tensor:
+        """Patches of a padded input as rows [p, n, T, a], a 1 appended where there is a bias."""
+        windows = self._windows(padded)
+        dims, p = len(self.kernel), self.shape.blocks
+        samples, channels = padded.shape[:2]
+        space = windows.shape[2 : 2 + dims]
+        rows = torch.empty(p, samples, math.prod(space), self.shape.inputs, dtype=self.dtype, device=padded.device)
+        split = windows.unflatten(1, (p, channels // p))
+        order = [1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
+        weights = self.shape.inputs - self.shape.bias
+        target = rows[..., :weights].view(p, samples, *space, channels // p, *self.kernel)
+        target.copy_(split.permute(order))
+        rows[..., weights:] = 1.0
+        return rows
+
+    def input_gram(self, part: Part, structure: Structure) -> Tensor:
+        if isinstance(structure, Dense):
+            return self._dense(part)
+        if isinstance(structure, Diagonal):
+            squares = self._window_sums(self._padded(part.x).square().sum(0))
+            return self._with_bias(squares, part)
+        if isinstance(structure, SpatiallyUncorrelated):
+            return self._uncorrelated(part)
+        return structure.from_dense(self._dense(part))
+
+    def output_moment(self, structure: Structure) -> Tensor:
+        part = self.groups[0][0]
+        if self.reduce or not isinstance(structure, Dense) or self.shape.outputs > part.positions:
+            return super().output_moment(structure)
+        # A product for each sample spares a transposed copy, as long as it is smaller than the sample itself.
+        total: Tensor | float = 0.0
+        for part in self._parts():
+            g = part.g.to(self.dtype).reshape(-1, self.shape.outputs, part.positions)
+            product = torch.bmm(g, g.mT)
+            total = total + product.view(-1, self.shape.blocks, *product.shape[1:]).sum(0)
+        return torch.as_tensor(total) * (self.scale**2 / self.count)
+
+    def input_sum(self, part: Part) -> Tensor:
+        return self._with_bias(self._window_sums(self._padded(part.x).sum(0)), part)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        mode = "constant" if self.module.padding_mode == "zeros" else self.module.padding_mode
+        sides = [side for pair in reversed(_padding(self.module)) for side in pair]
+        x = x.to(self.dtype)
+        return F.pad(x, sides, mode=mode) if any(sides) else x
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """A view [..., *output space, *kernel] of x [..., *space]."""
+        dims = len(self.kernel)
+        first = x.dim() - dims
+        for dim in range(dims):
+            x = x.unfold(first + dim, (self.kernel[dim] - 1) * self.dilation[dim] + 1, self.stride[dim])
+        if set(self.dilation) == {1}:
+            return x
+        steps = tuple(slice(None, None, step) for step in self.dilation)
+        return x[(slice(None),) * (x.dim() - dims) + steps]
+
+    def _window_sums(self, padded: Tensor) -> Tensor:
+        """Sums over the output positions for each kernel position: [C, *space] -> [p, weights of a row]."""
+        dims = len(self.kernel)
+        sums = self._windows(padded).sum(tuple(range(1, 1 + dims)))
+        return sums.reshape(self.shape.blocks, -1)
+
+    def _with_bias(self, sums: Tensor, part: Part) -> Tensor:
+        return F.pad(sums, (0, 1), value=float(part.samples * part.positions)) if self.shape.bias else sums
+
+    def _dense(self, part: Part) -> Tensor:
+        """Sum of x x^T over samples and positions [p, a, a]."""
+        module = self.module
+        before, after = zip(*_padding(module), strict=True)
+        plain = module.groups == 1 and len(self.kernel) <= 2 and module.padding_mode == "zeros" and before == after
+        plain = plain and {*self.stride, *self.dilation} == {1}
+        if not plain or not patch_free_is_cheaper(part.x.shape, self.kernel, before):
+            return super().input_gram(part, Dense())
+        moment = patch_free_moment(part.x.to(self.dtype), self.kernel, before).unsqueeze(0)
+        if not self.shape.bias:
+            return moment
+        moment = F.pad(moment, (0, 1, 0, 1))
+        moment[:, -1, :] = moment[:, :, -1] = self.input_sum(part)
+        return moment
+
+    def _uncorrelated(self, part: Part) -> Tensor:
+        """Sum over positions of the channel moment, averaged over kernel positions [p, C, C]."""
+        x = self._padded(part.x)
+        # Each pixel counts once for every (output position, kernel position) that reads it.
+        weight = torch.ones((), dtype=self.dtype, device=x.device)
+        for size, kernel, stride, dilation in zip(
+            x.shape[2:], self.kernel, self.stride, self.dilation, strict=True
+        ):
+            positions = (size - (kernel - 1) * dilation - 1) // stride + 1
+            reads = torch.arange(positions)[:, None] * stride + torch.arange(kernel) * dilation
+            weight = weight.unsqueeze(-1) * torch.bincount(reads.flatten(), minlength=size).to(weight)
+        p = self.shape.blocks
+        x = (x * weight.sqrt()).reshape(x.shape[0], p, x.shape[1] // p, -1)
+        rows = x.permute(1, 0, 3, 2).flatten(1, 2)
+        return Dense().gram(rows) / self.shape.kernel
+
+
+class ConvLayer(CapturedLayer):
+    families = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    module: Convolution
+
+    def _shape(self) -> LayerShape:
+        weight, groups = self.parameters[0], self.module.groups
+        inputs = weight[0].numel() + self.has_bias
+        return LayerShape(
+            groups, inputs, weight.shape[0] // groups, kernel=math.prod(self.module.kernel_size), bias=self.has_bias
+        )
+
+    def batch(self, uses: Sequence[Use], count: float, reading: Reading = Reading()) -> ConvBatch:  # noqa: B008
+        return ConvBatch(self.module, self.shape, uses, count, reading)
+
+
+def _padding(module: Convolution) -> list[tuple[int, int]]:
+    """Padding before and after each dimension."""
+    if module.padding == "valid":
+        return [(0, 0)] * len(module.kernel_size)
+    if module.padding == "same":
+        totals = [step * (size - 1) for step, size in zip(module.dilation, module.kernel_size, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(int(side), int(side)) for side in module.padding]

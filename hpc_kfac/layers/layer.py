@@ -1,0 +1,80 @@
+"""A captured layer: its parameters seen as one [p, o, a] matrix, and the batches made of its uses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hpc_kfac.layers.batch import LayerBatch, LayerShape, Reading, Use
+
+
+class CapturedLayer(ABC):
+    """One module whose gradient is preconditioned.
+
+    Attributes:
+        name: the module's name in the model.
+        module: the module.
+        shape: the blocks of its weight matrix.
+        parameters: the weight and, where it is trained, the bias.
+    """
+
+    families: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """The torch modules that the class captures."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self.module = module
+        weight, bias = module.weight, module.bias if hasattr(module, "bias") else None
+        assert isinstance(weight, nn.Parameter)
+        self.parameters: list[nn.Parameter] = [weight]
+        if isinstance(bias, nn.Parameter) and bias.requires_grad:
+            self.parameters.append(bias)
+        self.shape = self._shape()
+
+    @staticmethod
+    def obstacle(module: nn.Module) -> str | None:
+        """Why this module of the family cannot be captured; None when it can."""
+        return None
+
+    @abstractmethod
+    def _shape(self) -> LayerShape: ...
+
+    @abstractmethod
+    def batch(self, uses: Sequence[Use], count: float, reading: Reading = Reading()) -> LayerBatch:  # noqa: B008
+        """Statistics of uses of this layer, each with its gradient set, over ``count`` loss terms."""
+
+    @property
+    def has_bias(self) -> bool:
+        return len(self.parameters) > 1
+
+    def matrix(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors shaped like ``parameters`` as one [p, o, a] tensor, the bias as last column."""
+        shape = self.shape
+        columns = [tensor.reshape(shape.blocks, shape.outputs, -1) for tensor in tensors]
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=2)
+
+    def tensors(self, matrix: Tensor) -> list[Tensor]:
+        """The inverse of ``matrix``: views shaped like ``parameters``."""
+        if not self.has_bias:
+            return [matrix.reshape(self.parameters[0].shape)]
+        weight, bias = matrix[..., :-1], matrix[..., -1]
+        return [weight.reshape(self.parameters[0].shape), bias.reshape(self.parameters[1].shape)]
+
+    def gradient(self) -> Tensor:
+        """The gradient [p, o, a] in at least float32; a missing ``.grad`` counts as zeros."""
+        gradients = []
+        for parameter in self.parameters:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(gradient.to(torch.promote_types(gradient.dtype, torch.float32)))
+        return self.matrix(gradients)
+
+    @torch.no_grad()
+    def set_gradient(self, update: Tensor) -> None:
+        """Write ``update`` [p, o, a] into ``.grad`` in place; a missing ``.grad`` stays missing."""
+        for parameter, tensor in zip(self.parameters, self.tensors(update), strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(tensor)

@@ -1,0 +1,49 @@
+"""Linear layers with any leading dimensions: [N, a], [N, T, a], ..."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from hpc_kfac.layers.batch import LayerShape, Reading, Use
+from hpc_kfac.layers.layer import CapturedLayer
+from hpc_kfac.layers.positions import Part, PositionBatch
+
+
+class LinearBatch(PositionBatch):
+    """x [N, T, a] and g [K, N, T, o]; the first leading dimension is the sample, the others are positions."""
+
+    def part(self, x: Tensor, g: Tensor, mask: Tensor | None) -> Part:
+        keep = mask if mask is not None and mask.shape == x.shape[:-1] else None
+        if x.dim() == 1:
+            x, g = x.unsqueeze(0), g.unsqueeze(1)
+        samples = x.shape[0]
+        x = x.reshape(samples, -1, x.shape[-1]) if x.numel() else x.reshape(samples, 0, x.shape[-1])
+        g = g.reshape(g.shape[0], samples, x.shape[1], g.shape[-1])
+        return Part(x, g, None if keep is None else keep.reshape(samples, -1), x.shape[1])
+
+    def inputs(self, part: Part, which: slice | Tensor) -> Tensor:
+        x = part.x[which].to(self.dtype)
+        if self.shape.bias:
+            x = nn.functional.pad(x, (0, 1), value=1.0)
+        if part.keep is not None:
+            x = x * part.keep[which].unsqueeze(-1)
+        return x.unsqueeze(0)
+
+    def gradients(self, part: Part, which: slice | Tensor) -> Tensor:
+        g = part.g[:, which].to(self.dtype)
+        if part.keep is not None:
+            g = g * part.keep[which].unsqueeze(-1)
+        return g.unsqueeze(0)
+
+
+class LinearLayer(CapturedLayer):
+    families = (nn.Linear,)
+
+    def _shape(self) -> LayerShape:
+        outputs, inputs = self.parameters[0].shape
+        return LayerShape(1, inputs + self.has_bias, outputs, bias=self.has_bias)
+
+    def batch(self, uses: Sequence[Use], count: float, reading: Reading = Reading()) -> LinearBatch:  # noqa: B008
+        return LinearBatch(self.shape, uses, count, reading)

@@ -1,0 +1,220 @@
+"""Statistics of layers with one input row and one output gradient at every position: Linear and convolutions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpc_kfac.layers.batch import LayerShape, Reading, Use
+from hpc_kfac.linalg.structure import Structure
+
+# Elements of the largest temporary (patches, per-sample gradients): 16 MiB in float32.
+CHUNK = 1 << 22
+
+
+@dataclass
+class Part:
+    """One use, with the sample axis made explicit.
+
+    Attributes:
+        x: input, samples first.
+        g: gradient of the output as it was captured: draws, samples, ...
+        keep: [samples, positions] True at the positions that count; None when all do.
+        positions: number of positions of one sample.
+    """
+
+    x: Tensor
+    g: Tensor
+    keep: Tensor | None
+    positions: int
+
+    @property
+    def samples(self) -> int:
+        return self.x.shape[0]
+
+    def kept(self) -> Tensor:
+        """Positions of each sample that count [samples]."""
+        if self.keep is not None:
+            return self.keep.sum(1)
+        return torch.full((self.samples,), self.positions, device=self.x.device)
+
+
+class PositionBatch(ABC):
+    """A ``LayerBatch`` for a family that knows its input and gradient rows; it overrides what it does faster."""
+
+    def __init__(self, shape: LayerShape, uses: Sequence[Use], count: float, reading: Reading) -> None:
+        self.shape, self.count = shape, count
+        self.scale, self.draws, self.reduce, self.dtype = reading.scale, reading.draws, reading.reduce, reading.dtype
+        # Uses of one micro-batch with equally many samples share them; their positions are added up.
+        groups: dict[tuple[int, int], list[Part]] = {}
+        for use in uses:
+            assert use.gradient is not None
+            gradient = use.gradient if reading.draws else use.gradient.unsqueeze(0)
+            part = self.part(use.inputs, gradient, reading.mask)
+            groups.setdefault((use.micro_batch, part.samples), []).append(part)
+        self.groups = list(groups.values())
+
+    @abstractmethod
+    def part(self, x: Tensor, g: Tensor, mask: Tensor | None) -> Part:
+        """Bring one use's input and gradients [draws, ...] into the family's layout."""
+
+    @abstractmethod
+    def inputs(self, part: Part, which: slice | Tensor) -> Tensor:
+        """Input rows of some samples [p, n, T, a] in the statistics dtype, zeros where masked."""
+
+    @abstractmethod
+    def gradients(self, part: Part, which: slice | Tensor) -> Tensor:
+        """Unscaled gradient rows of some samples [p, K, n, T, o] in the statistics dtype, zeros where masked."""
+
+    def input_moment(self, structure: Structure) -> Tensor:
+        if self.reduce:
+            rows = torch.cat([self._sample_inputs(group, slice(None)) for group in self.groups], dim=1)
+            samples = sum(int((_kept(group) > 0).sum()) for group in self.groups)
+            return structure.gram(rows) / max(samples, 1)
+        total: Tensor | float = 0.0
+        for part in self._parts():
+            total = total + self.input_gram(part, structure)
+        return torch.as_tensor(total) / self._positions()
+
+    def input_gram(self, part: Part, structure: Structure) -> Tensor:
+        """Sum of x x^T over the samples and positions of one use."""
+        total: Tensor | float = 0.0
+        for which in self._input_chunks(part):
+            total = total + structure.gram(self.inputs(part, which).flatten(1, 2))
+        return torch.as_tensor(total)
+
+    def output_moment(self, structure: Structure) -> Tensor:
+        if self.reduce:
+            rows = [self._sample_gradients(group, slice(None)).flatten(1, 2) for group in self.groups]
+        else:
+            rows = [self.gradients(part, slice(None)).flatten(1, 3) for part in self._parts()]
+        total = structure.gram(rows[0])
+        for more in rows[1:]:
+            total = total + structure.gram(more)
+        return total * (self.scale**2 / self.count)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        refuse_draws(self.draws)
+        x = torch.zeros(self.shape.blocks, self.shape.inputs)
+        g = torch.zeros(self.shape.blocks, self.shape.outputs)
+        for part in self._parts():
+            x, g = x.to(part.x.device, self.dtype), g.to(part.x.device, self.dtype)
+            x = x + self.input_sum(part)
+            g = g + self.gradients(part, slice(None)).sum((1, 2, 3))
+        return x / self._positions(), g * (self.scale / self.count)
+
+    def input_sum(self, part: Part) -> Tensor:
+        """Sum of the input rows over samples and positions [p, a]."""
+        return torch.stack([self.inputs(part, which).sum((1, 2)) for which in self._input_chunks(part)]).sum(0)
+
+    def projected_square(
+        self,
+        output_basis: Tensor | None,
+        input_basis: Tensor | None,
+        output_structure: Structure,
+        input_structure: Structure,
+    ) -> Tensor:
+        def rotate(rows: Tensor, structure: Structure, basis: Tensor | None) -> Tensor:
+            """The last axis of [p, ..., d] into the basis."""
+            if basis is None:
+                return rows
+            return structure.rotate_right(rows.flatten(1, -2), basis).view_as(rows)
+
+        p, o, a = self.shape.blocks, self.shape.outputs, self.shape.inputs
+        total: Tensor | float = 0.0
+        for group in self.groups:
+            positions = sum(part.positions for part in group)
+            single = positions == 1
+            # Rotating rows costs T (a^2 + o^2) a sample, rotating per-sample gradients o a (a + o).
+            rows_first = single or positions * (a * a + o * o) <= o * a * (a + o)
+            draws = group[0].g.shape[0]
+            elements = p * max(positions * (a + draws * o), 0 if single else draws * o * a)
+            for which in self._chunks(group[0].samples, elements):
+                gradient: Tensor | float = 0.0
+                for part in group:
+                    x, g = self.inputs(part, which), self.gradients(part, which)
+                    if rows_first:
+                        x, g = rotate(x, input_structure, input_basis), rotate(g, output_structure, output_basis)
+                    if single:
+                        squares = g.square().sum(1).squeeze(2)
+                        total = total + squares.transpose(1, 2) @ x.square().squeeze(2)
+                    else:
+                        gradient = gradient + g.transpose(3, 4) @ x.unsqueeze(1)
+                if isinstance(gradient, Tensor):
+                    if not rows_first:
+                        gradient = rotate(gradient, input_structure, input_basis)
+                        gradient = rotate(gradient.transpose(3, 4).contiguous(), output_structure, output_basis)
+                        gradient = gradient.transpose(3, 4)
+                    total = total + gradient.square().sum((1, 2))
+        return torch.as_tensor(total) * (self.scale**2 / self.count)
+
+    def rows(self, limit: int) -> tuple[Tensor, Tensor]:
+        """As ``LayerBatch.rows``.
+
+        R is scaled so that the mean over rows of r r^T kron x x^T stands for (1/M) times its sum over all samples and
+        draws: nothing changes where there is one loss term a sample and one draw.
+        """
+        draws = self.groups[0][0].g.shape[0]
+        sizes = [group[0].samples for group in self.groups]
+        sample, draw = spread(limit, sum(sizes), draws, self.groups[0][0].x.device)
+        xs, gs, start = [], [], 0
+        for group, size in zip(self.groups, sizes, strict=True):
+            chosen = (sample >= start) & (sample < start + size)
+            which = sample[chosen] - start
+            xs.append(self._sample_inputs(group, which))
+            gradients = self._sample_gradients(group, which)
+            gs.append(gradients[:, draw[chosen], torch.arange(len(which), device=which.device)])
+            start += size
+        factor = self.scale * (sum(sizes) * draws / self.count) ** 0.5
+        return torch.cat(xs, dim=1), torch.cat(gs, dim=1) * factor
+
+    def _parts(self) -> list[Part]:
+        return [part for group in self.groups for part in group]
+
+    def _positions(self) -> int:
+        return max(sum(int(_kept([part]).sum()) for part in self._parts()), 1)
+
+    def _sample_inputs(self, group: list[Part], which: slice | Tensor) -> Tensor:
+        """Input rows averaged over the positions of each sample [p, n, a]."""
+        kept = _kept(group)[which].clamp(min=1)
+        sums = []
+        for part in group:
+            index = torch.arange(part.samples, device=part.x.device)[which]
+            chunks = self._chunks(len(index), self.shape.blocks * part.positions * self.shape.inputs)
+            sums.append(torch.cat([self.inputs(part, index[chunk]).sum(2) for chunk in chunks], dim=1))
+        return torch.stack(sums).sum(0) / kept[:, None]
+
+    def _sample_gradients(self, group: list[Part], which: slice | Tensor) -> Tensor:
+        """Gradient rows summed over the positions of each sample [p, K, n, o], unscaled."""
+        return torch.stack([self.gradients(part, which).sum(3) for part in group]).sum(0)
+
+    def _input_chunks(self, part: Part) -> Iterator[slice]:
+        return self._chunks(part.samples, self.shape.blocks * part.positions * self.shape.inputs)
+
+    @staticmethod
+    def _chunks(samples: int, elements: int) -> Iterator[slice]:
+        """Slices of samples whose temporaries, ``elements`` a sample, stay near ``CHUNK``."""
+        step = max(1, CHUNK // max(elements, 1))
+        for start in range(0, max(samples, 1), step):
+            yield slice(start, start + step)
+
+
+def spread(limit: int, samples: int, draws: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """At most ``limit`` different (sample, draw) pairs, spread evenly over the samples and over the draws."""
+    n = min(limit, samples * draws)
+    pair = torch.arange(n, device=device) * (samples * draws) // max(n, 1)
+    sample = pair // draws
+    return sample, (pair + sample) % draws
+
+
+def refuse_draws(draws: bool) -> None:
+    if draws:
+        raise ValueError("the exact Fisher has no mean output gradient; use fisher='empirical' or 'sampled'")
+
+
+def _kept(group: list[Part]) -> Tensor:
+    return torch.stack([part.kept() for part in group]).sum(0)
