@@ -23,6 +23,7 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: the damped matrix is not positive definite or not finite.
     """
+    require_finite(matrix, "factor")
     work = matrix.clone(memory_format=torch.contiguous_format)
     diagonal = work.diagonal(dim1=-2, dim2=-1)
     if isinstance(damping, Tensor) and damping.ndim:

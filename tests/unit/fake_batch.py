@@ -1,0 +1,67 @@
+"""A LayerBatch made of explicit rows: every statistic by its definition, slow and obvious. An oracle, not a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpc_kfac.linalg.structure import Structure
+
+
+class FakeBatch:
+    """x [p, N, T, a] and g [p, N, T, o]: N samples of T positions each, in p blocks; N loss terms."""
+
+    def __init__(self, x: Tensor, g: Tensor) -> None:
+        self.x, self.g = x, g
+        self.count = float(x.shape[1])
+
+    def gradient(self) -> Tensor:
+        """D = (1/N) sum of g x^T, [p, o, a]."""
+        return torch.einsum("pnto,pnta->poa", self.g, self.x) / self.count
+
+    def input_moment(self, structure: Structure) -> Tensor:
+        dense = torch.einsum("pnta,pntb->pab", self.x, self.x)
+        return structure.from_dense(dense / (self.x.shape[1] * self.x.shape[2]))
+
+    def output_moment(self, structure: Structure) -> Tensor:
+        return structure.from_dense(torch.einsum("pnto,pntq->poq", self.g, self.g) / self.count)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        return self.x.mean((1, 2)), self.g.sum((1, 2)) / self.count
+
+    def sample_gradients(self) -> Tensor:
+        """Each sample's own gradient, [p, N, o, a]."""
+        return torch.einsum("pnto,pnta->pnoa", self.g, self.x)
+
+    def projected_square(
+        self,
+        output_basis: Tensor | None,
+        input_basis: Tensor | None,
+        output_structure: Structure,
+        input_structure: Structure,
+    ) -> Tensor:
+        result = torch.zeros(self.gradient().shape, dtype=self.x.dtype)
+        for n in range(self.x.shape[1]):
+            rotated = output_structure.rotate_left(self.sample_gradients()[:, n], output_basis)
+            result += input_structure.rotate_right(rotated, input_basis).square()
+        return result / self.count
+
+    def rows(self, limit: int) -> tuple[Tensor, Tensor]:
+        samples = self.x.shape[1]
+        n = min(limit, samples)
+        chosen = torch.arange(n) * samples // n
+        return self.x.mean(2)[:, chosen], self.g.sum(2)[:, chosen]
+
+
+def correlated_batch(p: int, samples: int, positions: int, o: int, a: int, seed: int = 0) -> FakeBatch:
+    """float64 rows whose x and g depend on each other, so that a Kronecker product is only an approximation."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    x = normal(p, samples, positions, a) @ normal(p, 1, a, a)
+    x[..., -1] = 1.0
+    g = normal(p, samples, positions, o) @ normal(p, 1, o, o)
+    g = g * x.square().mean(-1, keepdim=True).sqrt() + torch.tanh(x[..., :1])
+    return FakeBatch(x, g)
