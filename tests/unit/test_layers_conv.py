@@ -1,0 +1,204 @@
+"""Convolutions of every kind against patches by loops and per-sample autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from unit.fake_batch import FakeBatch
+from unit.layer_oracle import (
+    captured,
+    channel_rows,
+    check_round_trip,
+    compare,
+    conv_rows,
+    normal,
+    sample_gradients,
+)
+
+from hpc_kfac.layers import Capture, Reading, Use
+from hpc_kfac.layers import conv as conv_module
+from hpc_kfac.layers import positions as positions_module
+from hpc_kfac.layers.patch_free import patch_free_is_cheaper, patch_free_moment
+from hpc_kfac.linalg.structure import Dense
+
+KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+CASES: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (2, {}),
+    (3, {"kernel_size": 2}),
+    (2, {"bias": False}),
+    (2, {"kernel_size": 1}),
+    (2, {"stride": 2, "padding": 1}),
+    (2, {"padding": (1, 2)}),
+    (2, {"padding": "same"}),
+    (2, {"padding": "same", "kernel_size": 4}),
+    (2, {"padding": "same", "dilation": 2}),
+    (2, {"padding": "valid", "stride": (1, 2)}),
+    (2, {"dilation": (2, 1), "padding": 1}),
+    (2, {"kernel_size": (3, 1), "padding": (1, 0)}),
+    (2, {"groups": 2, "padding": 1}),
+    (2, {"groups": 4, "padding": 1, "bias": False}),
+    (1, {"groups": 2, "stride": 2}),
+    (1, {"padding": 1, "kernel_size": 3}),
+    (3, {"groups": 2, "kernel_size": 2, "stride": 2, "padding": 1}),
+    (3, {"kernel_size": 2, "padding": "same"}),
+    (2, {"padding": 1, "padding_mode": "reflect"}),
+    (2, {"padding": "same", "kernel_size": 4, "padding_mode": "circular"}),
+    (1, {"padding": 2, "padding_mode": "replicate", "dilation": 2}),
+    (3, {"padding": 1, "kernel_size": 2, "padding_mode": "replicate"}),
+]
+SIZES = {1: (7,), 2: (6, 5), 3: (4, 3, 4)}
+
+
+def check(dims: int, settings: dict[str, Any], size: tuple[int, ...], channels: int = 4, samples: int = 3) -> None:
+    options: dict[str, Any] = {"kernel_size": 3} | settings
+    module = KINDS[dims](channels, 4, **options).double()
+    x = normal(samples, channels, *size)
+    layer, batch, g = captured(module, x)
+    oracle = FakeBatch(conv_rows(module, x, layer.shape.bias), channel_rows(g, module.groups))
+    expected = sample_gradients(layer, x, module(x).detach(), g)
+    torch.testing.assert_close(oracle.sample_gradients().transpose(0, 1), expected)
+    compare(layer, batch, oracle)
+    check_round_trip(layer)
+
+
+@pytest.mark.parametrize(("dims", "settings"), CASES, ids=str)
+def test_statistics_match_definition(dims: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    check(dims, settings, SIZES[dims])
+    # These sizes are too small for the offsets to pay: take that path too, wherever it applies.
+    monkeypatch.setattr(conv_module, "patch_free_is_cheaper", lambda *_: True)
+    check(dims, settings, SIZES[dims])
+
+
+@settings(max_examples=25)
+@given(data=st.data(), dims=st.sampled_from([1, 2]))
+def test_any_shape(data: st.DataObject, dims: int) -> None:
+    kernel = data.draw(st.integers(1, 3))
+    dilation = data.draw(st.integers(1, 2))
+    groups = data.draw(st.sampled_from([1, 2, 4]))
+    padding = data.draw(st.sampled_from([0, 1, 2]))
+    smallest = (kernel - 1) * dilation + 1
+    size = tuple(data.draw(st.integers(smallest, smallest + 3)) for _ in range(dims))
+    options = {
+        "kernel_size": kernel,
+        "dilation": dilation,
+        "groups": groups,
+        "padding": padding,
+        "stride": data.draw(st.integers(1, 3)),
+        "bias": data.draw(st.booleans()),
+    }
+    check(dims, options, size, samples=2)
+
+
+@settings(max_examples=40)
+@given(
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    extra=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    channels=st.integers(1, 3),
+)
+def test_patch_free_moment_equals_patches(
+    kernel: tuple[int, int], padding: tuple[int, int], extra: tuple[int, int], channels: int
+) -> None:
+    size = [max(1, k - 2 * p) + e for k, p, e in zip(kernel, padding, extra, strict=True)]
+    module = nn.Conv2d(channels, 1, kernel, padding=padding).double()
+    x = normal(2, channels, *size)
+    rows = conv_rows(module, x, bias=False).flatten(0, 2)
+    torch.testing.assert_close(patch_free_moment(x, kernel, padding), rows.T @ rows, rtol=1e-12, atol=1e-12)
+
+
+def test_patch_free_moment_in_one_dimension() -> None:
+    module = nn.Conv1d(3, 1, 4, padding=2).double()
+    x = normal(3, 3, 9)
+    rows = conv_rows(module, x, bias=False).flatten(0, 2)
+    torch.testing.assert_close(patch_free_moment(x, (4,), (2,)), rows.T @ rows)
+
+
+def test_patch_free_path_is_taken_where_it_pays() -> None:
+    assert patch_free_is_cheaper((128, 16, 28, 28), (3, 3), (1, 1))
+    assert not patch_free_is_cheaper((128, 64, 4, 4), (3, 3), (1, 1))
+    assert not patch_free_is_cheaper((2, 3, 8, 8), (3, 3), (1, 1))
+
+
+def test_reduce_averages_patches_and_sums_gradients() -> None:
+    module = nn.Conv2d(2, 3, 3, padding=1, stride=2, groups=1).double()
+    x = normal(4, 2, 5, 5)
+    _, batch, g = captured(module, x, reduce=True)
+    rows, sums = conv_rows(module, x, True).mean(2), channel_rows(g).sum(2)
+    torch.testing.assert_close(batch.input_moment(Dense()), rows.mT @ rows / 4)
+    torch.testing.assert_close(batch.output_moment(Dense()), sums.mT @ sums / 4)
+
+
+def test_channels_last_changes_nothing() -> None:
+    module = nn.Conv2d(3, 4, 3, padding=1).double()
+    x = normal(3, 3, 6, 6)
+    plain = captured(module, x)[1]
+    module.zero_grad()
+    module = module.to(memory_format=torch.channels_last)
+    layer, last, _ = captured(module, x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(plain.input_moment(Dense()), last.input_moment(Dense()))
+    torch.testing.assert_close(plain.output_moment(Dense()), last.output_moment(Dense()))
+    check_round_trip(layer)
+    assert module.weight.grad is not None and module.weight.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_many_outputs_and_few_positions_use_rows() -> None:
+    module = nn.Conv2d(2, 9, 3).double()
+    _, batch, g = captured(module, normal(3, 2, 4, 4))
+    rows = channel_rows(g).flatten(1, 2)
+    torch.testing.assert_close(batch.output_moment(Dense()), rows.mT @ rows / 3)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_draws_add_up(groups: int) -> None:
+    module = nn.Conv2d(2, 4, 3, groups=groups).double()
+    layer = Capture(module).layers[""]
+    x, g = normal(3, 2, 5, 5), normal(6, 3, 4, 3, 3, seed=2)
+    reading = Reading(scale=1.0, draws=True, dtype=torch.float64)
+    batch = layer.batch([Use("", x, True, gradient=g)], 3.0, reading)
+    singles = [FakeBatch(conv_rows(module, x, True), channel_rows(draw, groups)) for draw in g]
+    torch.testing.assert_close(batch.output_moment(Dense()), sum(one.output_moment(Dense()) for one in singles))
+    arguments = (None, None, Dense(), Dense())
+    expected = sum(one.projected_square(*arguments) for one in singles)
+    torch.testing.assert_close(batch.projected_square(*arguments), expected)
+
+
+def test_mask_of_samples_drops_them() -> None:
+    module = nn.Conv2d(2, 3, 3).double()
+    x = normal(5, 2, 5, 5)
+    mask = torch.tensor([True, False, True, True, False])
+    capture = Capture(module, dtype=torch.float64)
+    capture.armed = True
+    output = module(x)
+    output.square().sum().backward()
+    batch = capture.take(3.0, 1.0, mask)[""]
+    oracle = FakeBatch(conv_rows(module, x[mask], True), channel_rows((2 * output).detach()[mask]))
+    torch.testing.assert_close(batch.input_moment(Dense()), oracle.input_moment(Dense()))
+    torch.testing.assert_close(batch.output_moment(Dense()), oracle.output_moment(Dense()))
+
+
+def test_unbatched_input_is_one_sample() -> None:
+    module = nn.Conv2d(2, 3, 3).double()
+    capture = Capture(module, dtype=torch.float64)
+    capture.armed = True
+    x = normal(2, 5, 5)
+    module(x).square().sum().backward()
+    batch = capture.take(1.0, 1.0)[""]
+    rows = conv_rows(module, x.unsqueeze(0), True).flatten(1, 2)
+    torch.testing.assert_close(batch.input_moment(Dense()), rows.mT @ rows / 9)
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Conv2d(2, 4, 3, stride=2, groups=2).double()
+    _, batch, _ = captured(module, normal(5, 2, 7, 7))
+    whole = [batch.input_moment(Dense()), batch.projected_square(None, None, Dense(), Dense()), *batch.rows(4)]
+    monkeypatch.setattr(positions_module, "CHUNK", 1)
+    pieces = [batch.input_moment(Dense()), batch.projected_square(None, None, Dense(), Dense()), *batch.rows(4)]
+    for one, other in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one, other)
