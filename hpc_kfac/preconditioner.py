@@ -87,6 +87,8 @@ class Preconditioner:
         self.skipped = 0
         self.timings: dict[str, float] = defaultdict(float)
         self.capture = Capture(model, skip=skip, weight_sharing=weight_sharing, dtype=self.precision.factors)
+        if not self.capture.layers:
+            raise ValueError(f"the model has no layer that can be captured. {self.capture.summary()}")
         self.states = {name: LayerState() for name in self.capture.layers}
         self._device = next(model.parameters()).device
         self._optimizer = optimizer
@@ -321,7 +323,7 @@ class Preconditioner:
         per_sample = rows // len(sample_index) if len(sample_index) else 1  # tokens of a flattened sequence
 
         def draw(shape: tuple[int, ...]) -> Tensor:
-            numbers = uniform(sample_index, (per_sample, *shape), self._seed, self.steps)
+            numbers = uniform((per_sample, *shape), sample_index, self._seed, self.steps)
             return numbers.reshape(rows, *shape).to(outputs.device)
 
         return draw
