@@ -9,6 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from hpc_kfac.layers import Capture, Reading, Use
+from hpc_kfac.layers import conv as conv_module
+from hpc_kfac.layers import positions as positions_module
+from hpc_kfac.layers.patch_free import patch_free_is_cheaper, patch_free_moment
+from hpc_kfac.linalg.structure import Dense
 from unit.fake_batch import FakeBatch
 from unit.layer_oracle import (
     captured,
@@ -19,12 +25,6 @@ from unit.layer_oracle import (
     normal,
     sample_gradients,
 )
-
-from hpc_kfac.layers import Capture, Reading, Use
-from hpc_kfac.layers import conv as conv_module
-from hpc_kfac.layers import positions as positions_module
-from hpc_kfac.layers.patch_free import patch_free_is_cheaper, patch_free_moment
-from hpc_kfac.linalg.structure import Dense
 
 KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

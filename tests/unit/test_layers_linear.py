@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from unit.fake_batch import FakeBatch
-from unit.layer_oracle import bases, captured, check_round_trip, compare, linear_rows, normal, sample_gradients
 
 from hpc_kfac.layers import Capture, Reading, Use
 from hpc_kfac.layers import positions as positions_module
 from hpc_kfac.linalg.structure import Dense, Diagonal
+from unit.fake_batch import FakeBatch
+from unit.layer_oracle import bases, captured, check_round_trip, compare, linear_rows, normal, sample_gradients
 
 
 @pytest.mark.parametrize("bias", [True, False])

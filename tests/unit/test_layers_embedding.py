@@ -1,0 +1,108 @@
+"""Embeddings against a linear layer of one-hot rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpc_kfac.layers import Capture, Reading, Use
+from hpc_kfac.linalg.structure import Dense, Diagonal
+from unit.fake_batch import FakeBatch
+from unit.layer_oracle import check_round_trip, normal, sample_gradients, term
+
+TOKENS = 7
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(0, TOKENS, shape, generator=torch.Generator().manual_seed(0))
+
+
+def take(module: nn.Embedding, index: Tensor, mask: Tensor | None = None, reduce: bool = False):
+    capture = Capture(module, weight_sharing="reduce" if reduce else "expand", dtype=torch.float64)
+    capture.armed = True
+    output = module(index)
+    target = normal(*output.shape, seed=7)
+    (term(output, target) / len(index)).backward()
+    batch = capture.take(None, None, mask)[""]
+    capture.remove()
+    return capture.layers[""], batch, (output - target).detach()
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 2, 4)])
+def test_statistics_match_one_hot_rows(shape: tuple[int, ...]) -> None:
+    module = nn.Embedding(TOKENS, 3).double()
+    index = tokens(*shape)
+    layer, batch, g = take(module, index)
+    one_hot = F.one_hot(index.reshape(len(index), -1), TOKENS).double().unsqueeze(0)
+    oracle = FakeBatch(one_hot, g.reshape(1, len(index), -1, 3))
+    expected = sample_gradients(layer, index, module(index).detach(), g)
+    torch.testing.assert_close(oracle.sample_gradients().transpose(0, 1), expected)
+    close = torch.testing.assert_close
+    close(batch.input_moment(Diagonal()), oracle.input_moment(Diagonal()))
+    close(torch.diag_embed(batch.input_moment(Diagonal())), oracle.input_moment(Dense()))
+    close(batch.output_moment(Dense()), oracle.output_moment(Dense()))
+    for side, wanted in zip(batch.means(), oracle.means(), strict=True):
+        close(side, wanted)
+    for limit in (1, 3, 100):
+        for side, wanted in zip(batch.rows(limit), oracle.rows(limit), strict=True):
+            close(side, wanted)
+    basis = torch.linalg.qr(normal(1, 3, 3))[0]
+    for arguments in ((None, None, Dense(), Diagonal()), (basis, None, Dense(), Diagonal())):
+        close(batch.projected_square(*arguments), oracle.projected_square(*arguments))
+    close(layer.gradient(), oracle.gradient())
+    assert layer.shape.input_structure == Diagonal() and layer.gradient().shape == (1, 3, TOKENS)
+    check_round_trip(layer)
+
+
+def test_padding_index_is_no_position() -> None:
+    module = nn.Embedding(TOKENS, 3, padding_idx=2).double()
+    index = tokens(4, 6)
+    layer, batch, g = take(module, index)
+    kept = index != 2
+    counts = torch.bincount(index[kept], minlength=TOKENS).double()
+    torch.testing.assert_close(batch.input_moment(Diagonal())[0], counts / kept.sum())
+    torch.testing.assert_close(batch.output_moment(Dense())[0], g[kept].T @ g[kept] / 4)
+    torch.testing.assert_close(batch.means()[0][0, 2], torch.zeros((), dtype=torch.float64))
+    assert not layer.gradient()[0, :, 2].any()
+
+
+def test_mask_drops_positions() -> None:
+    module = nn.Embedding(TOKENS, 3).double()
+    index = tokens(4, 6)
+    mask = index > 2
+    _, batch, g = take(module, index, mask)
+    counts = torch.bincount(index[mask], minlength=TOKENS).double()
+    torch.testing.assert_close(batch.input_moment(Diagonal())[0], counts / mask.sum())
+    torch.testing.assert_close(batch.output_moment(Dense())[0], g[mask].T @ g[mask] / 4)
+
+
+def test_reduce_squares_each_samples_shares() -> None:
+    module = nn.Embedding(TOKENS, 3).double()
+    index = tokens(4, 6)
+    _, batch, g = take(module, index, reduce=True)
+    shares = F.one_hot(index, TOKENS).double().mean(1)
+    torch.testing.assert_close(batch.input_moment(Diagonal())[0], shares.square().mean(0))
+    torch.testing.assert_close(batch.output_moment(Dense())[0], g.sum(1).T @ g.sum(1) / 4)
+
+
+def test_draws_add_up() -> None:
+    module = nn.Embedding(TOKENS, 3).double()
+    layer = Capture(module).layers[""]
+    index, g = tokens(4, 6), normal(5, 4, 6, 3)
+    batch = layer.batch([Use("", index, True, gradient=g)], 4.0, Reading(draws=True, dtype=torch.float64))
+    one_hot = F.one_hot(index, TOKENS).double().unsqueeze(0)
+    singles = [FakeBatch(one_hot, draw.unsqueeze(0)) for draw in g]
+    torch.testing.assert_close(batch.output_moment(Dense()), sum(one.output_moment(Dense()) for one in singles))
+    arguments = (None, None, Dense(), Diagonal())
+    expected = sum(one.projected_square(*arguments) for one in singles)
+    torch.testing.assert_close(batch.projected_square(*arguments), expected)
+    with pytest.raises(ValueError, match="exact Fisher"):
+        batch.means()
+
+
+def test_dense_input_factor_is_refused() -> None:
+    _, batch, _ = take(nn.Embedding(TOKENS, 3).double(), tokens(4))
+    with pytest.raises(ValueError, match="diagonal"):
+        batch.input_moment(Dense())
