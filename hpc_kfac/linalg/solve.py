@@ -14,7 +14,7 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
 
 
 def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
-    """(S + damping I)^-1 by Cholesky, on a copy.
+    """(S + damping I)^-1 by Cholesky, on one copy.
 
     Args:
         matrix: symmetric [p, ..., n, n]; read only.
@@ -29,14 +29,14 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
     if isinstance(damping, Tensor) and damping.ndim:
         damping = damping.reshape(-1, *[1] * (diagonal.ndim - 1))
     diagonal.add_(damping)
-    info = torch.empty(work.shape[:-2], dtype=torch.int32, device=work.device)
-    torch.linalg.cholesky_ex(work, out=(work, info))
+    # In place on the transposed view: LAPACK works on columns, and the matrix is symmetric, so nothing is copied.
+    columns, info = work.mT, torch.empty(work.shape[:-2], dtype=torch.int32, device=work.device)
+    torch.linalg.cholesky_ex(columns, out=(columns, info))
     if bool(info.any()):
-        raise torch.linalg.LinAlgError("a damped factor is not positive definite or not finite")
-    # Not in place: LAPACK leaves one triangle, and mirroring it needs a second buffer anyway.
-    inverse = torch.cholesky_inverse(work)
-    require_finite(inverse, "inverse of a damped factor")
-    return inverse.contiguous()
+        raise torch.linalg.LinAlgError("a damped factor is not positive definite")
+    torch.cholesky_inverse(columns, out=columns)
+    require_finite(work, "inverse of a damped factor")
+    return work
 
 
 def positive_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from unit.fake_batch import FakeBatch, correlated_batch
 
 from hpc_kfac.layers.batch import LayerShape
 from hpc_kfac.linalg.structure import Blocks, Dense, Diagonal, Identity, SpatiallyUncorrelated
 from hpc_kfac.methods import KFAC, State
+from unit.fake_batch import FakeBatch, correlated_batch
 
 SHAPE = LayerShape(2, 5, 4, bias=True)
 CONV = LayerShape(2, 7, 4, kernel=3, bias=True)

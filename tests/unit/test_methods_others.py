@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from unit.fake_batch import FakeBatch, correlated_batch
 
 from hpc_kfac.layers.batch import LayerShape
 from hpc_kfac.linalg.structure import Diagonal, Identity
 from hpc_kfac.methods import EKFAC, KFAC, Eva, Method, SampleMatrix, State
+from unit.fake_batch import FakeBatch, correlated_batch
 
 SHAPE = LayerShape(2, 5, 4, bias=True)
 CONV = LayerShape(2, 7, 4, kernel=3, bias=True)
