@@ -24,7 +24,14 @@ class CropAndFlip:
     padding: int = 4
 
     def __call__(self, inputs: Tensor, indices: Tensor, seed: int, epoch: int) -> Tensor:
-        """Changes ``[n, channels, height, width]``; `indices` are the samples' numbers, int64 ``[n]``."""
+        """Changes ``[n, channels, height, width]`` and leaves the channels last in memory.
+
+        Args:
+            inputs: images.
+            indices: the samples' numbers, int64 ``[n]``.
+            seed: of the run.
+            epoch: from 0.
+        """
         height, width = inputs.shape[-2:]
         draws = uniform((3,), indices, seed, epoch)
         top, left = (draws[:, :2] * (2 * self.padding + 1)).long().unbind(1)
@@ -33,4 +40,4 @@ class CropAndFlip:
         columns = left[:, None] + torch.where(draws[:, 2:] < 0.5, columns, columns.flip(1))
         padded = functional.pad(inputs, (self.padding,) * 4).permute(0, 2, 3, 1)
         sample = torch.arange(len(inputs))[:, None, None]
-        return padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+        return padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -63,6 +63,9 @@ class TensorDataset:
 class ByteImages(TensorDataset):
     """Images kept as bytes (a quarter of the memory) and scaled when fetched: ``(byte / 255 - mean) / deviation``.
 
+    Batches are ``[n, channels, height, width]`` with the channels last in memory: convolution and pooling of small nets
+    then take about half the time on a CPU, and less on a GPU.
+
     Args:
         images: uint8 ``[n, channels, height, width]``.
         labels: int64 ``[n]``.
@@ -71,13 +74,14 @@ class ByteImages(TensorDataset):
     """
 
     def __init__(self, images: Tensor, labels: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> None:
-        super().__init__(images, labels)
+        super().__init__(images.permute(0, 2, 3, 1).contiguous(), labels)
         # One multiplication and one addition a pixel.
-        self._scale = (1 / (255 * torch.tensor(deviation))).view(-1, 1, 1)
-        self._shift = (-torch.tensor(mean) / torch.tensor(deviation)).view(-1, 1, 1)
+        self._scale = 1 / (255 * torch.tensor(deviation))
+        self._shift = -torch.tensor(mean) / torch.tensor(deviation)
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return self.inputs[indices].float().mul_(self._scale).add_(self._shift), self.targets[indices]
+        pixels = self.inputs[indices].float().mul_(self._scale).add_(self._shift)
+        return pixels.permute(0, 3, 1, 2), self.targets[indices]
 
 
 class ReconstructionImages:

@@ -67,7 +67,7 @@ class JpegImages(ABC):
         return self._stack(indices, draws)
 
     def _stack(self, indices: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-        pixels = torch.empty(len(indices), 3, self.size, self.size)
+        pixels = torch.empty(len(indices), self.size, self.size, 3).permute(0, 3, 1, 2)  # as decoded
         for row, index in enumerate(indices.tolist()):
             pixels[row] = self._image(index, None if draws is None else draws[row].tolist())
         return pixels.div_(255).sub_(_MEAN).div_(_DEVIATION), self.labels[indices]
@@ -82,7 +82,7 @@ class JpegImages(ABC):
         resized = colour.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
         if draws is not None and draws[-1] < 0.5:
             resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.asarray(resized).transpose(2, 0, 1).copy())
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 def central_crop(width: int, height: int, share: float = 7 / 8) -> Box:

@@ -24,28 +24,35 @@ def mlp(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def cnn(channels: int = 1, classes: int = 10) -> nn.Sequential:
-    """A small convolutional net: 16, 32 and 64 channels, pooled in between, and one linear layer.
+def cnn(channels: int = 1, size: int = 28, classes: int = 10) -> nn.Sequential:
+    """A small convolutional net: 16, 32 and 64 channels, each pooled by two, and one linear layer.
 
-    About 24 000 parameters; no normalisation, so its result does not depend on the number of ranks.
+    About 29 000 parameters for images of 28 x 28; no normalisation, so its result does not depend on the rank count.
+    Pooling comes before the ReLU: the same function, with a quarter of the work.
 
     Args:
-        channels: of the images, ``[n, channels, height, width]`` of any size from 8 x 8.
+        channels: of the images, ``[n, channels, size, size]``.
+        size: pixels of a side, at least 8.
         classes: outputs.
+
+    Raises:
+        ValueError: smaller images.
     """
+    if size < 8:
+        raise ValueError(f"size = {size}: the network halves its images three times and needs 8 pixels or more")
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(channels, 16, 3, padding=1),
-            relu1=nn.ReLU(),
             pool1=nn.MaxPool2d(2),
+            relu1=nn.ReLU(),
             conv2=nn.Conv2d(16, 32, 3, padding=1),
-            relu2=nn.ReLU(),
             pool2=nn.MaxPool2d(2),
+            relu2=nn.ReLU(),
             conv3=nn.Conv2d(32, 64, 3, padding=1),
+            pool3=nn.MaxPool2d(2),
             relu3=nn.ReLU(),
-            pool3=nn.AdaptiveAvgPool2d(1),
             flatten=nn.Flatten(),
-            linear=nn.Linear(64, classes),
+            linear=nn.Linear(64 * (size // 8) ** 2, classes),
         )
     )
 

@@ -52,12 +52,12 @@ def seeded(seed: int, build: Callable[[], Any]) -> Any:
         return build()
 
 
-def small_model(name: SmallModel, channels: int, pixels: int, classes: int, seed: int) -> nn.Module:
-    """One of the models for small images, by name."""
+def small_model(name: SmallModel, channels: int, size: int, classes: int, seed: int) -> nn.Module:
+    """One of the models for small images ``[n, channels, size, size]``, by name."""
     if name == "mlp":
-        return seeded(seed, lambda: models_vision.mlp([channels * pixels, 256, 128, classes]))
+        return seeded(seed, lambda: models_vision.mlp([channels * size * size, 256, 128, classes]))
     if name == "cnn":
-        return seeded(seed, lambda: models_vision.cnn(channels, classes))
+        return seeded(seed, lambda: models_vision.cnn(channels, size, classes))
     if name in ("resnet20", "resnet32", "resnet56"):
         return seeded(seed, lambda: models_vision.cifar_resnet(int(name[6:]), channels, classes))
     raise ValueError(f"model = {name!r}: choose mlp, cnn, resnet20, resnet32 or resnet56")
@@ -77,7 +77,7 @@ def digits(model: Literal["mlp", "cnn"] = "cnn", label_smoothing: float = 0.0, s
     images = torch.from_numpy(found.images).float().div_(16).unsqueeze(1)
     labels = torch.from_numpy(found.target).long()
     return Task(
-        model=small_model(model, 1, 64, 10, seed),
+        model=small_model(model, 1, 8, 10, seed),
         train=TensorDataset(images[:1500], labels[:1500]),
         test=TensorDataset(images[1500:], labels[1500:]),
         loss=CrossEntropyLoss(label_smoothing=label_smoothing),
@@ -108,7 +108,7 @@ def fashion(
     (train, train_labels), (test, test_labels) = read_image_folder(path or FASHION_MNIST, classes=10)
     mean, deviation = (0.2860,), (0.3530,)
     return Task(
-        model=small_model(model, 1, train[0].numel(), 10, seed),
+        model=small_model(model, 1, train.shape[-1], 10, seed),
         train=ByteImages(train.unsqueeze(1), train_labels, mean, deviation),
         test=ByteImages(test.unsqueeze(1), test_labels, mean, deviation),
         loss=CrossEntropyLoss(label_smoothing=label_smoothing),
@@ -160,7 +160,7 @@ def cifar10(
     (train, train_labels), (test, test_labels) = read_cifar10(path)
     mean, deviation = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     return Task(
-        model=small_model(model, 3, 32 * 32, 10, seed),
+        model=small_model(model, 3, 32, 10, seed),
         train=ByteImages(train, train_labels, mean, deviation),
         test=ByteImages(test, test_labels, mean, deviation),
         loss=CrossEntropyLoss(label_smoothing=label_smoothing),

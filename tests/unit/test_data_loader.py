@@ -136,6 +136,8 @@ def test_byte_images_are_scaled() -> None:
         expected = (IMAGES[[7, 3], channel].float() / 255 - mean) / deviation
         torch.testing.assert_close(inputs[:, channel], expected)
     assert labels.tolist() == [7, 3]
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+    assert CropAndFlip(1)(inputs, torch.tensor([7, 3]), 0, 0).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_reconstruction_targets_are_the_inputs() -> None:

@@ -88,9 +88,9 @@ def test_char_text_on_the_standard_library() -> None:
 
 
 def test_small_models_by_name() -> None:
-    assert small_model("resnet20", 3, 1024, 10, 0)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert small_model("resnet20", 3, 32, 10, 0)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     with pytest.raises(ValueError, match="model = 'vgg'.*resnet56"):
-        small_model("vgg", 3, 1024, 10, 0)  # type: ignore[arg-type]
+        small_model("vgg", 3, 32, 10, 0)  # type: ignore[arg-type]
 
 
 def test_every_setting_is_typed_and_described() -> None:

@@ -41,7 +41,7 @@ def test_option_a_shortcut_halves_and_pads() -> None:
 def test_small_models() -> None:
     model = cnn()
     assert 20_000 < parameters(model) < 30_000
-    assert model(torch.randn(3, 1, 28, 28)).shape == model(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+    assert model(torch.randn(3, 1, 28, 28)).shape == cnn(2, 9)(torch.randn(3, 2, 9, 9)).shape == (3, 10)
     assert mlp([12, 5, 2])(torch.randn(4, 3, 2, 2)).shape == (4, 2)
     assert [type(layer).__name__ for layer in mlp([4, 3, 2])] == ["Flatten", "Linear", "ReLU", "Linear"]
 
@@ -58,6 +58,7 @@ def test_autoencoder_has_a_linear_code_and_output() -> None:
     ("build", "words"),
     [
         (lambda: mlp([3]), r"widths = \[3\]"),
+        (lambda: cnn(size=7), "size = 7"),
         (lambda: autoencoder([3, 0]), r"widths = \[3, 0\]"),
         (lambda: cifar_resnet(21), "depth = 21.*6 n"),
         (lambda: imagenet_resnet(34), "depth = 34.*18 or 50"),
