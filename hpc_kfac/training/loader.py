@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +72,6 @@ class Loader:
                 num_workers=workers,
                 multiprocessing_context="spawn",
                 persistent_workers=True,
-                worker_init_fn=_ignore_signals,
             )
 
     def __len__(self) -> int:
@@ -89,7 +90,9 @@ class Loader:
 
     def _from_workers(self, workers: DataLoader, parts: list[GlobalBatch]) -> Iterator[Batch]:
         self._positions.parts = parts
-        for part, tensors in zip(parts, workers, strict=True):
+        with _apart_from_mpi():
+            read = iter(workers)  # the first time, this starts the processes
+        for part, tensors in zip(parts, read, strict=True):
             if isinstance(tensors, DataError):
                 raise tensors
             yield _batch(part, tensors)
@@ -150,7 +153,22 @@ def _batch(part: GlobalBatch, tensors: tuple[Tensor, Tensor]) -> Batch:
     return Batch(tensors[0], tensors[1], part.indices, part.size, part.epoch, part.index)
 
 
-def _ignore_signals(_: int) -> None:
-    # mpirun passes signals on to a rank's whole process group; they are for the rank alone.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def _apart_from_mpi() -> Iterator[None]:
+    """What the processes started within it inherit keeps them apart from the rank's MPI and its signals.
+
+    They import the main program; where that imports mpi4py they would initialise MPI as a second process of this rank,
+    which ends in a crash. And mpirun passes signals on to a rank's whole process group, though they are for the rank.
+    """
+    name = "MPI4PY_RC_INITIALIZE"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
