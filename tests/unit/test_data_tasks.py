@@ -66,6 +66,13 @@ def test_fashion() -> None:
     assert abs(inputs.std() - 1) < 0.02
 
 
+def test_cifar10_files_of_the_original_size(tmp_path: Path) -> None:
+    for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(10_000 * 3073)  # zeros that take no space: black images of class 0
+    check(TASKS["cifar10"](str(tmp_path), model="resnet20"), (50_000, 10_000))
+
+
 @fashion_files
 def test_fashion_autoencoder() -> None:
     task = TASKS["fashion_autoencoder"]()
