@@ -46,9 +46,9 @@ class Task:
 
 
 def seeded(seed: int, build: Callable[[], Any]) -> Any:
-    """What `build` makes with torch's generators seeded; they are as before afterwards."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+    """What `build` makes with torch's CPU generator seeded; it is as before afterwards."""
+    with torch.random.fork_rng(devices=[]):  # asking the GPUs for their state would open every one of them on each rank
+        torch.random.default_generator.manual_seed(seed)
         return build()
 
 
@@ -287,7 +287,7 @@ def user(
         function: ``package.module:function``.
         arguments: keyword arguments for the function.
         metric: the figure to quote.
-        seed: of torch's generator while the function runs, so that all ranks get the same initial weights.
+        seed: of torch's CPU generator while the function runs, so that all ranks get the same initial weights.
 
     Raises:
         ValueError: the function cannot be imported, or returns something else.
