@@ -105,7 +105,7 @@ class Component:
         try:
             return self.make(**given, **self.settings)
         except (ValueError, OSError) as error:
-            raise InputError(f"{self.kind} {self.name}: {error}") from error
+            raise InputError(f"{self.kind}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -11,7 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from hpc_kfac.training.launch import Ranks
 from hpc_kfac.training.loader import Loader
 from hpc_kfac.training.losses import Loss
-from hpc_kfac.training.measure import figures
+from hpc_kfac.training.measure import Sums, figures
 
 
 def totals(metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -30,16 +28,16 @@ def evaluate(
     """
     average_norm_statistics(model, ranks)
     model.eval()
-    sums: Counter[str] = Counter()
+    sums = Sums()
     for batch in loader.batches(0):
         if len(batch.indices):
             with autocast:
                 outputs = model(batch.inputs.to(device, non_blocking=True))
-            sums.update(totals(loss.metrics(outputs.float(), batch.targets.to(device))))
+            sums.add(totals(loss.metrics(outputs.float(), batch.targets.to(device))))
     model.train()
-    everyone: Counter[str] = Counter()
+    everyone = Sums()
     for part in ranks.gather(dict(sums)):
-        everyone.update(part)
+        everyone.add(part)
     return figures(everyone, "test")
 
 

@@ -13,10 +13,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from hpc_kfac import stack
 from hpc_kfac.training.datasets import DataError
-
-LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
-"""Variables that MPI launchers set for their ranks."""
 
 
 class InputError(ValueError):
@@ -91,29 +89,22 @@ class Ranks:
             raise InputError(where + problems[failed[0]])
 
 
-def launched_by_mpi() -> bool:
-    """Whether an MPI launcher started this process; a plain `python` then needs no MPI at all."""
-    return any(name in os.environ for name in LAUNCHERS)
-
-
 def join() -> Ranks:
-    """Finds the other ranks. One process outside of mpirun.
+    """Finds the other ranks. Without a launcher that started several this process is alone and needs no MPI.
 
     Raises:
         InputError: a launch that cannot work: too low a thread level, or srun that started singletons.
     """
-    from hpc_kfac import stack
-
+    launched = stack.launched_ranks()
+    if launched is None or launched[1] == 1:
+        return Ranks()
     try:
-        if not launched_by_mpi():
-            stack.check_launch()
-            return Ranks()
-        from mpi4py import MPI
-
-        stack.check_threads()
         stack.check_launch()
-    except (ImportError, RuntimeError, ValueError) as error:
+        stack.check_threads()
+    except stack.LaunchError as error:
         raise InputError(str(error)) from error
+    from mpi4py import MPI
+
     comm = MPI.COMM_WORLD.Dup()
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     ranks = Ranks(comm, comm.rank, comm.size, node.rank, node.size)

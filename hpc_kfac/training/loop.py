@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from hpc_kfac.training.console import Console
 from hpc_kfac.training.evaluation import evaluate, totals
 from hpc_kfac.training.launch import RunStopped
 from hpc_kfac.training.loader import Batch
-from hpc_kfac.training.measure import Clock, Interval, Strength, phases_over_ranks
+from hpc_kfac.training.measure import Clock, Interval, Strength, Sums, phases_over_ranks
 from hpc_kfac.training.optimizers import set_learning_rate
 from hpc_kfac.training.run_folder import RunFolder
 from hpc_kfac.training.setup import Setup
@@ -85,12 +84,11 @@ class Loop:
 
     def _epoch(self, epoch: int) -> bool:
         """One pass over the training set; False if the run is to end early."""
-        start = time.perf_counter()
-        before = self.seconds
-        self.interval = Interval()
+        start = time.perf_counter() - self.seconds
         for batch in self._timed(self.setup.train.batches(epoch)):
             report = self._step(batch)
-            self.seconds = before + time.perf_counter() - start
+            self.seconds = time.perf_counter() - start
+            self._record(report, batch)
             self.console.advance()
             if report.scalars["stop"]:
                 return False
@@ -111,19 +109,18 @@ class Loop:
         set_learning_rate(self.optimizer, self.setup.learning_rate(self.step))
         self.optimizer.zero_grad()
         parts = self._micro_batches(batch)
-        sums: Counter[str] = Counter(objective=0.0, terms=0.0)
+        sums = Sums()
         for number, part in enumerate(parts):
             with (
                 keyed(self.run_settings.seed, self.step, part.indices),
                 self.setup.averaging.micro_batch(last=number == len(parts) - 1),
             ):
-                sums.update(self._forward_backward(part))
+                sums.add(self._forward_backward(part))
         with self.clock.phase("gradient_allreduce"):
             self._finish_gradients(batch, sums["terms"])
         report = self._precondition(sums)
         self._update(report)
         self._adapt_damping(parts, sums)
-        self._record(report, batch)
         self.step += 1
         return report
 
@@ -171,11 +168,11 @@ class Loop:
         if self.run_settings.clip_gradient is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.run_settings.clip_gradient)
 
-    def _precondition(self, sums: Counter[str]) -> StepReport:
+    def _precondition(self, sums: Sums) -> StepReport:
         over = self.run_settings.max_seconds is not None and self.seconds > self.run_settings.max_seconds
         scalars = {**sums, "stop": float(over)}
         try:
-            report = self.setup.preconditioner.step(scalars, log=self._log_due)
+            report = self.setup.preconditioner.step(scalars, log=self._logged(self.step + 1))
         except TrainingDiverged as error:
             raise RunStopped(f"step {self.step}: {error}. {self._state}") from error
         if not math.isfinite(report.scalars["objective"]):
@@ -192,7 +189,7 @@ class Loop:
                 self.last_good = f"step {self.step} with a training loss of {self._mean_loss(report):.4g}"
             self.scaler.update()
 
-    def _adapt_damping(self, parts: list[Batch], sums: Counter[str]) -> None:
+    def _adapt_damping(self, parts: list[Batch], sums: Sums) -> None:
         """Lets the Levenberg-Marquardt rule see the same batch again, under the new weights."""
         if self.setup.preconditioner.damping_due:
             loss = sums["objective"] / max(1.0, sums["terms"])
@@ -212,13 +209,13 @@ class Loop:
                     terms += count
         return total / max(1.0, terms)
 
-    @property
-    def _log_due(self) -> bool:
-        return (self.step + 1) % self.run_settings.log_every == 0 or self.step + 1 == self.setup.length.steps
+    def _logged(self, steps: int) -> bool:
+        """Whether a row of metrics follows so many steps."""
+        return steps % self.run_settings.log_every == 0 or steps == self.setup.length.steps
 
     def _record(self, report: StepReport, batch: Batch) -> None:
         self.interval.add(report, batch.global_size)
-        if not self._log_due:
+        if not self._logged(self.step):
             return
         seconds = self.clock.take()
         for name, value in self.setup.preconditioner.timings.items():
@@ -226,16 +223,16 @@ class Loop:
         self.setup.preconditioner.timings.clear()
         row: dict[str, Any] = {
             "kind": "train",
-            "step": self.step + 1,
+            "step": self.step,
             "epoch": batch.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
-            **self.interval.row(),
+            **self.interval.row(self.seconds),
             **self.strength.row(report),
             "phases": phases_over_ranks(seconds, self.setup.ranks),
         }
         self.folder.write(row)
         self.console.row(row)
-        self.interval = Interval()
+        self.interval = Interval(self.seconds)
 
     def _evaluate(self, epoch: int) -> None:
         setup = self.setup

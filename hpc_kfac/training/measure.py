@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +14,18 @@ from hpc_kfac.training.launch import Ranks
 
 NO_OP_COSINE = 0.95
 """A preconditioned gradient this close to the raw one is no preconditioning."""
+
+
+class Sums(defaultdict[str, float]):
+    """Sums by name."""
+
+    def __init__(self) -> None:
+        super().__init__(float)
+
+    def add(self, more: Mapping[str, float]) -> None:
+        """Adds numbers by name."""
+        for name, value in more.items():
+            self[name] += value
 
 
 class Clock:
@@ -68,12 +80,16 @@ def figures(sums: Mapping[str, float], prefix: str) -> dict[str, float]:
 
 
 class Interval:
-    """What happened since the last row of metrics."""
+    """What happened since the last row of metrics.
 
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
+    Args:
+        started: seconds of training before it.
+    """
+
+    def __init__(self, started: float = 0.0) -> None:
+        self.started = started
         self.steps = self.skipped = self.failures = self.samples = 0
-        self.sums: Counter[str] = Counter()
+        self.sums = Sums()
 
     def add(self, report: StepReport, samples: int) -> None:
         """Takes in a step."""
@@ -81,11 +97,11 @@ class Interval:
         self.samples += samples
         self.skipped += not report.applied
         self.failures += report.failures
-        self.sums.update(report.scalars)
+        self.sums.add(report.scalars)
 
-    def row(self) -> dict[str, Any]:
-        """Figures of the interval."""
-        elapsed = time.perf_counter() - self.started
+    def row(self, now: float) -> dict[str, Any]:
+        """Figures of the interval, which ends after `now` seconds of training."""
+        elapsed = now - self.started
         found = figures(self.sums, "train")
         return {
             "loss": self.sums["objective"] / self.sums["terms"] if self.sums["terms"] else None,

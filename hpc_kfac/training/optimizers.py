@@ -125,7 +125,7 @@ class MuonWithAdamW(Optimizer):
             inner.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for inner in self._inner:
             inner.step()
 
@@ -152,7 +152,7 @@ class Lamb(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -190,9 +190,9 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """Weights of Linear layers but the last one, whose outputs are the model's; embeddings are no matrices here."""
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    unique = list(dict.fromkeys(weight for weight in weights[:-1] if weight.requires_grad))
-    return [weight for weight in unique if weight is not weights[-1]]
+    weights = [module._parameters["weight"] for module in model.modules() if isinstance(module, nn.Linear)]
+    hidden = dict.fromkeys(weight for weight in weights[:-1] if weight is not None and weight.requires_grad)
+    return [weight for weight in hidden if weight is not weights[-1]]
 
 
 @dataclass(frozen=True)

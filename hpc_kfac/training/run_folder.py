@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import os
 import platform
 import socket
 import subprocess
@@ -16,11 +14,9 @@ from typing import Any
 
 import torch
 
+from hpc_kfac import stack
 from hpc_kfac.training.config import Settings
 from hpc_kfac.training.launch import Ranks
-
-SCHEDULER_PREFIXES = ("SLURM_", "PBS_", "LSB_", "LSF_", "OMPI_COMM_WORLD_", "OMP_", "HOROVOD_", "CUDA_VISIBLE")
-PACKAGES = ("hpc-kfac", "torch", "numpy", "mpi4py", "horovod", "h5py", "jsonargparse")
 
 
 class RunFolder:
@@ -39,7 +35,7 @@ class RunFolder:
         if writes and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(path / "tensorboard"))  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(path / "tensorboard"))
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row to metrics.jsonl. A number that JSON has no word for becomes null."""
@@ -85,13 +81,13 @@ def describe(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         "git": _git(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: stack.version(name) for name in stack.PACKAGES},
         "ranks": ranks.size,
         "mpi": _mpi() if ranks.comm is not None else None,
         "averaging": settings.run.averaging if ranks.size > 1 else None,
         "threads": torch.get_num_threads(),
         "seed": settings.run.seed,
-        "environment": {key: value for key, value in os.environ.items() if key.startswith(SCHEDULER_PREFIXES)},
+        "scheduler": stack.scheduler_variables(),
     }
 
 
@@ -124,17 +120,11 @@ def _git() -> dict[str, Any] | None:
         return None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _mpi() -> dict[str, Any]:
     from mpi4py import MPI
 
-    return {"library": MPI.Get_library_version().split("\x00")[0].strip(), "thread_level": MPI.Query_thread()}
+    library = MPI.Get_library_version().strip("\0\n").split("\n")[0]
+    return {"library": library, "thread_level": stack.thread_level_name(MPI.Query_thread())}
 
 
 def _finite(value: Any) -> Any:

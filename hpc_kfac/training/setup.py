@@ -87,15 +87,13 @@ def make_preconditioner(
     method = parts["method"]()
     if method is None:
         return FirstOrder(model, ranks, run.max_skipped)
+    components = {key: parts[key]() for key in ("placement", "schedule", "step_control", "precision")}
     try:
         return Preconditioner(
             model,
             optimizer,
             method=method,
-            placement=parts["placement"](),
-            schedule=parts["schedule"](),
-            step_control=parts["step_control"](),
-            precision=parts["precision"](),
+            **components,
             fisher=run.fisher,
             comm=ranks.comm,
             skip=run.skip,
@@ -104,7 +102,7 @@ def make_preconditioner(
             max_skipped=run.max_skipped,
         )
     except ValueError as error:
-        raise InputError(f"{error} (or train without curvature: method: none)") from error
+        raise InputError(str(error)) from error
 
 
 def _loaders(settings: Settings, task: Task, ranks: Ranks) -> tuple[Loader, Loader]:
