@@ -100,6 +100,10 @@ def test_draws_add_up() -> None:
     torch.testing.assert_close(batch.projected_square(*arguments), expected)
     with pytest.raises(ValueError, match="exact Fisher"):
         batch.means()
+    xs, rs = batch.rows(100)
+    sums = g.sum(2)
+    torch.testing.assert_close(rs[0].T @ rs[0] / 20, torch.einsum("kno,knq->oq", sums, sums) / 4)
+    assert xs.shape == (1, 20, TOKENS)
 
 
 def test_dense_input_factor_is_refused() -> None:

@@ -149,6 +149,15 @@ def test_draws_add_up(positions: int) -> None:
     assert xs.shape[1] == 4 and len({tuple(row) for row in xs[0].tolist()}) == 4
 
 
+def test_rows_spread_over_samples_and_draws() -> None:
+    for limit, samples, draws in ((4, 4, 4), (3, 8, 2), (12, 4, 3), (100, 5, 2), (1, 3, 3)):
+        sample, draw = positions_module.spread(limit, samples, draws, torch.device("cpu"))
+        pairs = set(zip(sample.tolist(), draw.tolist(), strict=True))
+        assert len(pairs) == len(sample) == min(limit, samples * draws)
+        assert len(set(sample.tolist())) == min(limit, samples)
+    assert set(positions_module.spread(4, 4, 4, torch.device("cpu"))[1].tolist()) == {0, 1, 2, 3}
+
+
 def test_token_loss_counts_positions() -> None:
     """A mean over N * S tokens: G is a mean over tokens, and rows are scaled to the same count."""
     module = nn.Linear(3, 2).double()
