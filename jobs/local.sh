@@ -25,7 +25,7 @@ if [[ ${1:-} == *.yaml || ${1:-} == *.yml ]]; then
     printf 'Training %s on %s rank(s).\n' "$run" "$ranks"
 elif [ -e "$images/train-images-idx3-ubyte.gz" ] || [ -e "$images/train-images-idx3-ubyte" ]; then
     run=jobs/runs/fashion_cnn.yaml
-    [ -z "${FASHION_MNIST:-}" ] || set -- --task.folder "$images" "$@"
+    [ -z "${FASHION_MNIST:-}" ] || set -- --task.path "$images" "$@"
     printf 'Training a convolutional net on Fashion-MNIST (found in %s) on %s rank(s).\n' "$images" "$ranks"
 else
     run=jobs/runs/digits.yaml
