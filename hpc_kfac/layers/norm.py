@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_kfac.layers.batch import LayerShape, Reading, Use
@@ -127,13 +128,10 @@ class BatchNormLayer(ChannelNormLayer):
     module: BatchNorm
 
     def normalised(self, x: Tensor, use: Use) -> Tensor:
-        module, axes = self.module, [axis for axis in range(x.dim()) if axis != 1]
+        module = self.module
         if use.training or module.running_mean is None or module.running_var is None:
-            variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-        else:
-            shape = [1, -1, *[1] * (x.dim() - 2)]
-            mean, variance = module.running_mean.to(x).view(shape), module.running_var.to(x).view(shape)
-        return (x - mean) * (variance + module.eps).rsqrt()
+            return F.batch_norm(x, None, None, training=True, eps=module.eps)
+        return F.batch_norm(x, module.running_mean.to(x), module.running_var.to(x), eps=module.eps)
 
 
 class GroupNormLayer(ChannelNormLayer):
@@ -141,7 +139,7 @@ class GroupNormLayer(ChannelNormLayer):
     module: nn.GroupNorm
 
     def normalised(self, x: Tensor, use: Use) -> Tensor:
-        return nn.functional.group_norm(x, self.module.num_groups, eps=self.module.eps)
+        return F.group_norm(x, self.module.num_groups, eps=self.module.eps)
 
 
 class LayerNormLayer(NormLayer):
@@ -151,7 +149,7 @@ class LayerNormLayer(NormLayer):
     module: nn.LayerNorm | nn.RMSNorm
 
     def normalised(self, x: Tensor, use: Use) -> Tensor:
-        return nn.functional.layer_norm(x, list(self.module.normalized_shape), eps=self.module.eps or 0.0)
+        return F.layer_norm(x, list(self.module.normalized_shape), eps=self.module.eps or 0.0)
 
     def channels_last(self, tensor: Tensor, dims: int) -> Tensor:
         shape = tuple(self.module.normalized_shape)
@@ -168,4 +166,4 @@ class RMSNormLayer(LayerNormLayer):
 
     def normalised(self, x: Tensor, use: Use) -> Tensor:
         eps = torch.finfo(use.inputs.dtype).eps if self.module.eps is None else self.module.eps
-        return nn.functional.rms_norm(x, list(self.module.normalized_shape), eps=eps)
+        return F.rms_norm(x, list(self.module.normalized_shape), eps=eps)
