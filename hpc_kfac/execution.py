@@ -195,12 +195,15 @@ class Executor:
     def _reduce(self, operation: Operation) -> Callable[[], None]:
         """Mean over ranks of the running averages, weighted by the loss terms that they stand for."""
         message = Message(operation.slots, self._device)
+        # A rank without the tensors, having never used the layer, adds zeros of weight 0.
+        missing = {s.layer for s in message if s.name != WEIGHT and s.name not in self._states[s.layer].running}
         for slot in message:
             state = self._states[slot.layer]
+            weight = 0.0 if slot.layer in missing else state.weight
             if slot.name == WEIGHT:
-                message.view(slot).fill_(state.weight)
+                message.view(slot).fill_(weight)
             else:
-                message.put(slot, state.running.get(slot.name), state.weight)
+                message.put(slot, None if slot.layer in missing else state.running[slot.name], weight)
         work = self._comm.allreduce(message.typed(), "reduce")
 
         def finish() -> None:

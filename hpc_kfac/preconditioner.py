@@ -143,9 +143,11 @@ class Preconditioner:
             return
         loss = loss or CrossEntropy()
         terms = float(count if count is not None else mask.sum().item() if mask is not None else loss.terms(outputs))
+        if terms > 0 and not loss_scale > 0:  # a micro-batch without a valid term has a share of 0
+            raise ValueError(f"loss_scale is {loss_scale} with {terms:g} loss terms; give a positive number")
         if self._fisher == "empirical":
             reduction = terms if loss.reduction == "mean" else 1.0
-            self._observed = (terms, reduction / loss_scale, mask)
+            self._observed = (terms, reduction / loss_scale if terms > 0 else 0.0, mask)
             return
         with self._timed("statistics"):
             self._take_sampled(outputs, loss, terms, mask, sample_index)
@@ -295,7 +297,7 @@ class Preconditioner:
         self, outputs: Tensor, loss: OutputDistribution, terms: float, mask: Tensor | None, sample_index: Tensor | None
     ) -> None:
         pairs = self.capture.edges()
-        edges = [use.edge for _, use in pairs]
+        edges = [use.edge for _, use in pairs if use.edge is not None]
         if not edges:
             return
         if self._fisher == "sampled":

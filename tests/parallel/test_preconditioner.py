@@ -11,14 +11,14 @@ from torch import nn
 import hpc_kfac as hk
 
 DOUBLE = hk.Precision(torch.float64, torch.float64, torch.float64)
-BATCH, STEPS = 13, 4  # a batch that no rank count divides
+BATCH, STEPS = 37, 4  # no rank count divides it, and every factor has full rank, without which eigenbases are arbitrary
 
 METHODS = {
     "kfac-eigen": lambda: hk.KFAC(damping=0.1, solver="eigen"),
     "kfac-cholesky": lambda: hk.KFAC(damping=0.1, solver="cholesky"),
     "ekfac": lambda: hk.EKFAC(damping=0.1),
     "eva": lambda: hk.Eva(damping=0.1),
-    "sample-matrix": lambda: hk.SampleMatrix(damping=0.1, rows=16),
+    "sample-matrix": lambda: hk.SampleMatrix(damping=0.1, rows=37),
 }
 
 
