@@ -157,6 +157,10 @@ build_horovod() {
     sed -i 's/CMAKE_CXX_STANDARD 14/CMAKE_CXX_STANDARD 17/' "$source/CMakeLists.txt" "$source/horovod/torch/CMakeLists.txt"
     export HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1 HOROVOD_WITH_PYTORCH=1
     export HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
+    # A compiler takes about 1 GB here; Horovod by itself would start 8 of them on any machine.
+    local cores
+    cores=$(nproc)
+    export MAKEFLAGS=${MAKEFLAGS:--j$((cores < 8 ? cores : 8))}
     case $gpu in
         cuda) export HOROVOD_GPU=CUDA HOROVOD_GPU_OPERATIONS=NCCL ;;
         rocm) export HOROVOD_GPU=ROCM HOROVOD_GPU_OPERATIONS=NCCL ;;
