@@ -232,6 +232,8 @@ class Executor:
 
     def _refresh(self, operation: Operation) -> None:
         (name,) = operation.layers
+        if not self._has_statistics(name):
+            return  # a layer that was not used yet has nothing that could fail
         result = self._solve(name)
         if result is None:
             self._failures += 1
@@ -248,9 +250,6 @@ class Executor:
         """The method's refresh; with more damping if it fails, None if it fails for good."""
         method, shape = self._problem.method, self._problem.shapes[name]
         view = {key: tensor.to(self._problem.precision.solve) for key, tensor in self._states[name].view().items()}
-        running = [spec.name for spec in method.state(shape) if spec.role == "running" and spec.reduce_at == "refresh"]
-        if not all(key in view for key in running):
-            return None  # no statistics yet: the layer was not used
         for attempt in range(RETRIES + 1):
             try:
                 result = method.refresh(view, shape, self._inputs.damping * 10**attempt)
@@ -259,6 +258,14 @@ class Executor:
             if all(bool(torch.isfinite(tensor).all()) for tensor in result.values()):
                 return result
         return None
+
+    def _has_statistics(self, name: str) -> bool:
+        view = self._states[name].view()
+        return all(
+            spec.name in view
+            for spec in self._problem.method.state(self._problem.shapes[name])
+            if spec.role == "running" and spec.reduce_at == "refresh"
+        )
 
     def _broadcast(self, operation: Operation) -> Callable[[], None]:
         assert operation.root is not None

@@ -96,6 +96,7 @@ class Preconditioner:
         self._seed = seed
         self._max_skipped = max_skipped
         self._skipped_in_row = 0
+        self._overdue = False  # the last step should have refreshed but its batch was no good
         self._comm = communicator(comm)
         self._problem = self._make_problem(placement or Kaisa())
         self._executor = Executor(
@@ -165,7 +166,7 @@ class Preconditioner:
         Raises:
             TrainingDiverged: more than `max_skipped` steps in a row were not finite; on all ranks alike.
         """
-        statistics, refresh = self.schedule.statistics_due(self.steps), self.schedule.refresh_due(self.steps)
+        statistics, refresh = self._statistics_due, self._refresh_due
         if statistics:
             self._take_empirical()
         inputs = StepInputs(
@@ -175,6 +176,7 @@ class Preconditioner:
         plan = self._plan(statistics, refresh, self._executor.scalars_needed(inputs.scalars, log))
         report = replace(self._executor.run(plan, inputs), statistics=statistics)
         self._count_skipped(report.applied)
+        self._overdue = refresh and not report.applied
         self.failures += report.failures
         self.steps += 1
         self._arm()
@@ -206,7 +208,8 @@ class Preconditioner:
         totals = torch.tensor([evaluate() - loss, float(model)], dtype=torch.float64)
         if self._comm.size > 1:
             self._comm.allreduce(totals, "damping").wait()
-        self.damping.adjust((totals[0] / totals[1]).item() if totals[1] != 0 else math.nan)
+        # A step that the model expects to raise the loss, as momentum can make it, is no good whatever came of it.
+        self.damping.adjust((totals[0] / totals[1]).item() if totals[1] < 0 else math.nan)
 
     def summary(self) -> str:
         """What is captured and what is left out, in words."""
@@ -243,6 +246,7 @@ class Preconditioner:
             "steps": self.steps,
             "skipped": self.skipped,
             "failures": self.failures,
+            "overdue": self._overdue,
             "damping": self.damping.state_dict(),
             "layers": {
                 name: {
@@ -259,14 +263,16 @@ class Preconditioner:
         """Restores `state_dict`.
 
         Raises:
-            ValueError: the layers, or a tensor's shape, differ from this model's.
+            ValueError: the layers, their tensors or a tensor's shape are not this model's and method's. Nothing is
+                changed then.
         """
         if set(state["layers"]) != set(self.states):
             differing = sorted(set(state["layers"]) ^ set(self.states))
             names = ", ".join(differing[:5])
             raise ValueError(f"the saved layers differ from the model's: {names}; load into the same model")
         for name, saved in state["layers"].items():
-            self._check_shapes(name, saved)
+            self._check_tensors(name, saved)
+        for name, saved in state["layers"].items():
             self.states[name] = LayerState(
                 running={key: self._own(tensor) for key, tensor in saved["running"].items()},
                 solved={key: self._own(tensor) for key, tensor in saved["solved"].items()},
@@ -274,16 +280,26 @@ class Preconditioner:
                 refreshed=saved["refreshed"],
             )
         self.steps, self.skipped, self.failures = state["steps"], state["skipped"], state["failures"]
+        self._overdue = state["overdue"]
         self.damping.load_state_dict(state["damping"])
         self._fresh = {}
         self._arm()
 
     # Statistics
 
+    @property
+    def _refresh_due(self) -> bool:
+        return self._overdue or self.schedule.refresh_due(self.steps)
+
+    @property
+    def _statistics_due(self) -> bool:
+        return self._overdue or self.schedule.statistics_due(self.steps)
+
     def _arm(self) -> None:
         self.capture.clear()
         self._observed = (None, None, None)
-        self.capture.armed = self.schedule.statistics_due(self.steps)
+        self._sampled = 0  # rows of this step's earlier micro-batches
+        self.capture.armed = self._statistics_due
 
     def _take_empirical(self) -> None:
         if self._fisher != "empirical":
@@ -321,7 +337,8 @@ class Preconditioner:
     def _label_source(self, outputs: Tensor, sample_index: Tensor | None) -> Callable[[tuple[int, ...]], Tensor]:
         rows = outputs.shape[0]
         if sample_index is None:
-            sample_index = torch.arange(rows) * self._comm.size + self._comm.rank
+            sample_index = torch.arange(self._sampled, self._sampled + rows) * self._comm.size + self._comm.rank
+            self._sampled += rows
         per_sample = rows // len(sample_index) if len(sample_index) else 1  # tokens of a flattened sequence
 
         def draw(shape: tuple[int, ...]) -> Tensor:
@@ -390,14 +407,19 @@ class Preconditioner:
                 "lower the learning rate or the KL clip, or raise the damping"
             )
 
-    def _check_shapes(self, name: str, saved: Mapping[str, Any]) -> None:
-        for spec in self.method.state(self._problem.shapes[name]):
-            needed = {"running": spec.shape, "solved": spec.full_shape(self._comm.size)}
-            for role, shape in needed.items():
-                tensor = saved[role].get(spec.name)
-                if tensor is not None and tuple(tensor.shape) != shape:
+    def _check_tensors(self, name: str, saved: Mapping[str, Any]) -> None:
+        specs = {spec.name: spec for spec in self.method.state(self._problem.shapes[name])}
+        for role in ("running", "solved"):
+            for key, tensor in saved[role].items():
+                if key not in specs:
                     raise ValueError(
-                        f"{name}.{spec.name} has shape {tuple(tensor.shape)}, this model and method need {shape}; "
+                        f"{name}.{key} is not part of {type(self.method).__name__}, which keeps {', '.join(specs)}; "
+                        "load into the same method"
+                    )
+                needed = specs[key].shape if role == "running" else specs[key].full_shape(self._comm.size)
+                if tuple(tensor.shape) != needed:
+                    raise ValueError(
+                        f"{name}.{key} has shape {tuple(tensor.shape)}, this model and method need {needed}; "
                         "load into the same model, method and rank count"
                     )
 

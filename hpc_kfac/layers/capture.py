@@ -130,10 +130,14 @@ class Capture:
         self.clear()
 
     def _leading(self) -> int:
-        """Samples of the pending uses: the leading dimension of the first input of each micro-batch."""
+        """Samples of the pending uses: the leading dimension of the first input of each micro-batch.
+
+        A forward pass that no backward pass has followed, such as a validation, does not count.
+        """
         first: dict[int, int] = {}
         for use in self._pending:
-            first.setdefault(use.micro_batch, use.inputs.shape[0] if use.inputs.dim() else 1)
+            if use.gradient is not None:
+                first.setdefault(use.micro_batch, use.inputs.shape[0] if use.inputs.dim() else 1)
         return sum(first.values())
 
     @torch.no_grad()

@@ -166,3 +166,23 @@ def solved(blocks: Tensor, gradient: Tensor, damping: float = DAMPING) -> Tensor
     """(block + damping I)^-1 vec(D) for each block, D [p, o, a] row by row."""
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype)
     return torch.linalg.solve(blocks + damping * eye, gradient.flatten(1).unsqueeze(-1)).view_as(gradient)
+
+
+# ---- a small net with a convolution, a norm layer and a linear layer
+
+
+def net(seed: int = 0) -> nn.Module:
+    layers = [nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)]
+    return randomised(nn.Sequential(*layers), seed)
+
+
+def batch(step: int = 0) -> tuple[Tensor, Tensor]:
+    return normal(8, 2, 5, seed=100 + step), CROSS_ENTROPY.targets(8, 3, seed=100 + step)
+
+
+def backward(preconditioner: hk.Preconditioner, model: nn.Module, step: int = 0) -> None:
+    x, y = batch(step)
+    model.zero_grad()
+    outputs = model(x)
+    preconditioner.observe(outputs)
+    F.cross_entropy(outputs, y).backward()

@@ -1,0 +1,337 @@
+"""The preconditioner as a user meets it: repeatable, bounded, adaptive, and hard to break."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hpc_kfac as hk
+from unit.step_oracle import (
+    DAMPING,
+    DOUBLE,
+    backward,
+    batch,
+    finish,
+    kron,
+    matrices,
+    mlp,
+    net,
+    normal,
+    one_step,
+    preconditioner_of,
+)
+
+close = torch.testing.assert_close
+METHODS = {
+    "kfac eigen": hk.KFAC(damping=DAMPING),
+    "kfac cholesky": hk.KFAC(damping=DAMPING, solver="cholesky"),
+    "ekfac": hk.EKFAC(damping=DAMPING),
+    "eva": hk.Eva(damping=DAMPING),
+    "sample matrix": hk.SampleMatrix(damping=DAMPING, rows=8),
+}
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+class Run:
+    """A small training run that can be left and taken up again."""
+
+    def __init__(self, method: hk.Method, fisher: str = "empirical", **settings: Any) -> None:
+        self.model = net()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        settings = {"step_control": hk.KLClip(1e-2), "schedule": hk.Schedule(1, 2), "seed": 3, **settings}
+        self.preconditioner = preconditioner_of(
+            self.model, optimizer=self.optimizer, method=method, fisher=fisher, **settings
+        )
+
+    def steps(self, first: int, last: int) -> Run:
+        for step in range(first, last):
+            backward(self.preconditioner, self.model, step)
+            assert self.preconditioner.step().applied
+            self.optimizer.step()
+        return self
+
+
+# ---- the same again
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_second_refresh_without_new_data_changes_nothing(name: str) -> None:
+    """The second step has no forward pass, so no statistics: solved forms and updates must be bitwise the same."""
+    model = net()
+    preconditioner = preconditioner_of(model, method=METHODS[name])
+    backward(preconditioner, model)
+    raw = [parameter.grad.clone() for parameter in model.parameters()]
+    preconditioner.step()
+    states = copy.deepcopy(preconditioner.states)
+    first = matrices(model, preconditioner)
+    for parameter, gradient in zip(model.parameters(), raw, strict=True):
+        parameter.grad.copy_(gradient)
+    report = preconditioner.step()
+    assert report.refreshed == (0 if name == "eva" else 3) and report.failures == 0
+    # EKFAC carries its second moment into the new basis, which is the old one but for a product with itself.
+    tolerance = 1e-12 if name == "ekfac" else 0.0
+    for layer, update in matrices(model, preconditioner).items():
+        close(update, first[layer], rtol=tolerance, atol=tolerance)
+        before, after = states[layer].view(), preconditioner.states[layer].view()
+        assert set(before) == set(after)
+        for key, tensor in before.items():
+            close(after[key], tensor, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+@pytest.mark.parametrize("name", METHODS)
+def test_two_runs_with_one_seed_are_bitwise_equal(name: str, fisher: str) -> None:
+    first, second = (Run(METHODS[name], fisher).steps(0, 5) for _ in range(2))
+    assert torch.equal(weights(first.model), weights(second.model))
+    if fisher == "sampled":
+        assert not torch.equal(weights(first.model), weights(Run(METHODS[name], fisher, seed=4).steps(0, 5).model))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_dict_continues_bitwise(name: str) -> None:
+    """Left after 3 of 7 steps, between two refreshes and with a damping on the way."""
+
+    def run() -> Run:
+        damping = hk.ScheduledDamping({0: 1.0, 10: 0.01})
+        method = type(METHODS[name])(**{**vars(METHODS[name]), "damping": damping})
+        return Run(method, "sampled")
+
+    whole, left = run().steps(0, 7), run().steps(0, 3)
+    saved = copy.deepcopy([part.state_dict() for part in (left.model, left.optimizer, left.preconditioner)])
+    taken_up = run()
+    for part, state in zip((taken_up.model, taken_up.optimizer, taken_up.preconditioner), saved, strict=True):
+        part.load_state_dict(state)
+    taken_up.steps(3, 7)
+    assert torch.equal(weights(taken_up.model), weights(whole.model))
+    assert taken_up.preconditioner.steps == 7
+    # The loaded state is a copy: the run went on without changing what was saved.
+    assert all(
+        torch.equal(tensor, left.preconditioner.states[layer].running[key])
+        for layer, state in saved[2]["layers"].items()
+        for key, tensor in state["running"].items()
+    )
+
+
+def test_state_dict_survives_torch_save(tmp_path: Any) -> None:
+    run = Run(hk.KFAC()).steps(0, 2)
+    torch.save(run.preconditioner.state_dict(), tmp_path / "state.pt")
+    other = Run(hk.KFAC())
+    other.preconditioner.load_state_dict(torch.load(tmp_path / "state.pt"))
+    for name, state in run.preconditioner.states.items():
+        assert all(
+            torch.equal(tensor, other.preconditioner.states[name].view()[key]) for key, tensor in state.view().items()
+        )
+
+
+@pytest.mark.parametrize(
+    "other, method, words",
+    [
+        (
+            lambda: mlp(4, 5, 3),
+            hk.KFAC(),
+            "the saved layers differ from the model's: 1, 2, 4; load into the same model",
+        ),
+        (lambda: mlp(4, 6), hk.KFAC(), r"0\.A has shape \(1, 4, 4\), this model and method need \(1, 5, 5\)"),
+        (lambda: mlp(3, 6), hk.EKFAC(), r"0\.A_values is not part of EKFAC, which keeps A, G, second_moment"),
+        (lambda: mlp(3, 6), hk.KFAC(solver="cholesky"), r"0\.A_basis is not part of KFAC, which keeps A, G, A_inverse"),
+    ],
+    ids=["layers", "shapes", "method", "solver"],
+)
+def test_state_of_another_model_or_method_is_refused(other: Any, method: hk.Method, words: str) -> None:
+    saved_model = net() if "layers differ" in words else mlp(3, 6)
+    saved = preconditioner_of(saved_model, method=hk.KFAC())
+    if "layers differ" not in words:
+        F.mse_loss(saved_model(normal(5, 3)), normal(5, 6)).backward()
+        saved.step()
+    preconditioner = preconditioner_of(other(), method=method)
+    with pytest.raises(ValueError, match=words):
+        preconditioner.load_state_dict(saved.state_dict())
+    assert preconditioner.steps == 0 and not any(state.running for state in preconditioner.states.values())
+
+
+# ---- when something goes wrong
+
+
+def test_failed_decomposition_keeps_the_last_good_one() -> None:
+    model = net()
+    preconditioner = preconditioner_of(model)
+    backward(preconditioner, model)
+    assert preconditioner.step().failures == 0
+    good = preconditioner.states["4"].solved["A_basis"].clone()
+    preconditioner.states["4"].running["A"][0, 0, 0] = math.nan
+    for step in (1, 2):
+        backward(preconditioner, model, step)
+        raw = matrices(model, preconditioner)["4"]
+        report = preconditioner.step()
+        assert (report.applied, report.failures, report.refreshed) == (True, 1, 2)
+        assert torch.equal(preconditioner.states["4"].solved["A_basis"], good)
+        view = preconditioner.states["4"].view()
+        shape = preconditioner.capture.layers["4"].shape
+        close(matrices(model, preconditioner)["4"], preconditioner.method.precondition(raw, view, shape, DAMPING))
+    assert preconditioner.failures == 2
+
+
+def test_failed_decomposition_is_tried_again_with_more_damping() -> None:
+    """An eigenvalue of -0.05 defeats sqrt(damping) = 0.01 and 0.03, but not 0.1."""
+    model = nn.Linear(3, 3, bias=False).double()
+    preconditioner = preconditioner_of(model, method=hk.KFAC(damping=1e-4, solver="cholesky", decay=0.99999999))
+    F.cross_entropy(model(normal(6, 3)), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+    preconditioner.step()
+    a = torch.diag(torch.tensor([1.55, 1.5, -0.05], dtype=torch.float64))
+    preconditioner.states[""].running["A"].copy_(a)
+    preconditioner.states[""].running["G"].copy_(torch.eye(3))
+    report = preconditioner.step()  # pi is 1
+    assert (report.refreshed, report.failures) == (1, 0)
+    close(preconditioner.states[""].solved["A_inverse"][0], torch.linalg.inv(a + 0.1 * torch.eye(3)))
+
+
+def test_infinite_batch_is_skipped_and_leaves_no_trace() -> None:
+    model = net()
+    preconditioner = preconditioner_of(model, method=hk.KFAC(decay=0.5))
+    backward(preconditioner, model)
+    preconditioner.step()
+    before = copy.deepcopy(preconditioner.states)
+    x, y = batch(1)
+    x[0, 0, 0] = math.inf
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    report = preconditioner.step()
+    assert not report.applied and preconditioner.skipped == 1
+    for name, state in preconditioner.states.items():
+        for key, tensor in before[name].running.items():
+            assert torch.equal(state.running[key], tensor)
+    backward(preconditioner, model, 2)
+    report = preconditioner.step()
+    assert report.applied and report.failures == 0
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+def test_refresh_that_met_a_bad_batch_is_made_up_for() -> None:
+    """The first steps under a gradient scaler overflow as a rule; the first good one must be preconditioned."""
+    model = net()
+    preconditioner = preconditioner_of(model, schedule=hk.Schedule(10, 100))
+    x, y = batch()
+    for step in range(2):
+        model.zero_grad()
+        (F.cross_entropy(model(x), y) * math.inf).backward()
+        report = preconditioner.step()
+        assert (report.applied, report.refreshed, report.failures) == (False, 0, 0), step
+    backward(preconditioner, model)
+    found = finish(preconditioner, model)
+    assert (found.report.statistics, found.report.refreshed) == (True, 3)
+    expected = one_step(net(), x, y)
+    for name, update in expected.updates.items():
+        close(found.updates[name], update)
+    backward(preconditioner, model)
+    assert not preconditioner.step().statistics
+
+
+def test_non_finite_gradients_in_a_row_stop_the_run() -> None:
+    model = net()
+    preconditioner = preconditioner_of(model, max_skipped=2)
+    for bad in (True, True, False, True, True):
+        backward(preconditioner, model)
+        if bad:
+            model[4].bias.grad[0] = math.nan
+        assert preconditioner.step().applied != bad
+    backward(preconditioner, model)
+    model[1].weight.grad[0] = -math.inf
+    with pytest.raises(hk.TrainingDiverged, match="3 steps in a row .*last good step: 2.*damping"):
+        preconditioner.step()
+    assert preconditioner.skipped == 5
+
+
+def test_gradient_left_to_the_optimizer_is_checked_too() -> None:
+    model = net()
+    preconditioner = preconditioner_of(model, skip=["0"])
+    backward(preconditioner, model)
+    model[0].weight.grad[0] = math.nan
+    assert not preconditioner.step().applied
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"no layer that can be captured.*ConvTranspose1d|no layer.*transposed"):
+        hk.Preconditioner(nn.ConvTranspose1d(2, 2, 3), step_control=None)
+    with pytest.raises(ValueError, match=r"no layer that can be captured.*lstm.*recurrent"):
+        hk.Preconditioner(nn.ModuleDict({"lstm": nn.LSTM(2, 2)}), step_control=None)
+    with pytest.raises(ValueError, match="KLClip needs the learning rate: pass optimizer"):
+        hk.Preconditioner(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="fisher is 'true'; use 'empirical', 'sampled' or 'exact'"):
+        hk.Preconditioner(nn.Linear(2, 2), step_control=None, fisher="true")
+    with pytest.raises(TypeError, match="comm is a str"):
+        hk.Preconditioner(nn.Linear(2, 2), step_control=None, comm="world")
+    for bad in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="kl_clip is .*; give a positive number"):
+            hk.KLClip(bad)
+        with pytest.raises(ValueError, match="norm is .*; give a positive number"):
+            hk.FixedNorm(bad)
+
+
+# ---- reports and figures
+
+
+@pytest.mark.parametrize("control", [None, hk.KLClip(1e-4), hk.FixedNorm(3.0)])
+@pytest.mark.parametrize("name", METHODS)
+def test_layer_reports(name: str, control: Any) -> None:
+    """Cosine and curvature share are those of the update before the step's length is bounded."""
+    model, (x, y) = net(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    found = one_step(model, x, y, method=METHODS[name], step_control=control, optimizer=optimizer)
+    free = one_step(net(), x, y, method=METHODS[name])
+    assert set(found.report.layers) == {"0", "1", "4"}
+    for layer, report in found.report.layers.items():
+        update, gradient = free.updates[layer], free.gradients[layer]
+        assert report.cosine == pytest.approx(F.cosine_similarity(update.flatten(), gradient.flatten(), dim=0).item())
+        product = (update * gradient).sum().item()
+        assert report.curvature_share == pytest.approx(1 - DAMPING * update.square().sum().item() / product)
+        if name == "kfac eigen":
+            block = kron(free.factor(layer, "G"), free.factor(layer, "A")) if layer != "1" else free.factor("1", "A")
+            quadratic = torch.einsum("pi,pij,pj->", update.flatten(1), block, update.flatten(1)).item()
+            assert report.curvature_share == pytest.approx(quadratic / product)
+
+
+def test_scalars_pass_through_one_process() -> None:
+    model = net()
+    preconditioner = preconditioner_of(model)
+    backward(preconditioner, model)
+    assert preconditioner.step(scalars={"loss": 2.5, "stop": 0.0}).scalars == {"loss": 2.5, "stop": 0.0}
+    assert preconditioner.traffic.total() == 0
+
+
+@pytest.mark.parametrize("precision", [DOUBLE, hk.Precision(), hk.Precision(torch.bfloat16, apply=torch.bfloat16)])
+@pytest.mark.parametrize("name", METHODS)
+def test_memory_is_what_the_state_takes(name: str, precision: hk.Precision) -> None:
+    model = net()
+    preconditioner = preconditioner_of(model, method=METHODS[name], precision=precision)
+    told = preconditioner.memory()
+    backward(preconditioner, model)
+    preconditioner.step()
+    for layer, state in preconditioner.states.items():
+        for role, tensors in (("running", state.running), ("solved", state.solved)):
+            assert told[layer][role] == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def test_plan_and_timings_follow_the_schedule() -> None:
+    model = net()
+    preconditioner = preconditioner_of(model, schedule=hk.Schedule(statistics=2, refresh=4))
+    kinds = [[operation.kind for operation in preconditioner.plan(step)] for step in range(5)]
+    ordinary = ["precondition"] * 3 + ["control"]
+    assert kinds[0] == kinds[4] == ["fold", *["refresh"] * 3, *ordinary]
+    assert kinds[1] == kinds[3] == ordinary and kinds[2] == ["fold", *ordinary]
+    taken = []
+    for step in range(5):
+        backward(preconditioner, model, step)
+        report = preconditioner.step()
+        taken.append((report.statistics, report.refreshed))
+    assert taken == [(True, 3), (False, 0), (True, 0), (False, 0), (True, 3)]
+    assert {"statistics", "refresh", "precondition"} <= set(preconditioner.timings)
+    assert all(seconds >= 0 for seconds in preconditioner.timings.values())

@@ -1,0 +1,175 @@
+"""What bounds a step, KLClip and FixedNorm, and damping that changes: scheduled or by Levenberg and Marquardt."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hpc_kfac as hk
+from unit.step_oracle import (
+    DAMPING,
+    SQUARED_ERROR,
+    backward,
+    batch,
+    finish,
+    kron,
+    mlp,
+    net,
+    normal,
+    one_step,
+    preconditioner_of,
+    solved,
+)
+
+close = torch.testing.assert_close
+
+
+# ---- how long a step may be
+
+
+@pytest.mark.parametrize("kappa, clipped", [(1e-4, True), (1e3, False)])
+def test_kl_clip_bounds_the_step(kappa: float, clipped: bool) -> None:
+    """After scaling, the sum of lr^2 <U, D> s^2 is at most kappa; layers have learning rates of their own."""
+    model, (x, y) = net(), batch()
+    rates = {"0": 0.3, "1": 0.2, "4": 0.1}
+    groups = [{"params": list(model.get_submodule(name).parameters()), "lr": lr} for name, lr in rates.items()]
+    found = one_step(model, x, y, optimizer=torch.optim.SGD(groups), step_control=hk.KLClip(kappa))
+    free = one_step(net(), x, y)
+    quadratic = sum(
+        rates[name] ** 2 * (update * free.gradients[name]).sum().item() for name, update in free.updates.items()
+    )
+    scale = found.report.kl_scale
+    assert (scale < 1) == clipped
+    if clipped:
+        assert scale**2 * quadratic == pytest.approx(kappa)
+    for name, update in free.updates.items():
+        close(found.updates[name], update * scale)
+
+
+def test_kl_clip_leaves_other_parameters_alone() -> None:
+    model, (x, y) = net(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    preconditioner = preconditioner_of(model, optimizer=optimizer, skip=["4"], step_control=hk.KLClip(1e-6))
+    F.cross_entropy(model(x), y).backward()
+    raw = model[4].weight.grad.clone()
+    assert preconditioner.step().kl_scale < 0.1
+    assert torch.equal(model[4].weight.grad, raw)
+
+
+def test_fixed_norm_keeps_only_the_direction() -> None:
+    x, y = batch()
+    found, free = one_step(net(), x, y, step_control=hk.FixedNorm(0.7)), one_step(net(), x, y)
+    for name, update in free.updates.items():
+        close(found.updates[name], 0.7 * update / update.norm())
+
+
+# ---- damping
+
+
+def test_scheduled_damping_is_used() -> None:
+    model = net()
+    method = hk.KFAC(damping=hk.ScheduledDamping({1: 1.0, 3: 0.01}))
+    preconditioner = preconditioner_of(model, method=method, schedule=hk.Schedule(1, 10))
+    for step, damping in enumerate((1.0, 1.0, 0.1, 0.01, 0.01)):
+        backward(preconditioner, model)
+        found = finish(preconditioner, model)
+        assert found.report.damping == pytest.approx(damping), step
+        block = kron(found.factor("4", "G"), found.factor("4", "A"))
+        close(found.updates["4"], solved(block, found.gradients["4"], found.report.damping))
+
+
+class Recorded(hk.LevenbergMarquardt):
+    """Keeps the ratios that it is told."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.ratios: list[float] = []
+
+    def adjust(self, ratio: float) -> None:
+        self.ratios.append(ratio)
+        super().adjust(ratio)
+
+
+def adapted(damping: Recorded, lr: float, steps: int, distribution: hk.OutputDistribution) -> list[float]:
+    """Dampings of full-batch steps on least squares with one layer, where K-FAC with an exact Fisher is the Hessian."""
+    model, x, y = mlp(4, 3), normal(20, 4), normal(20, 3, seed=2)
+    preconditioner = preconditioner_of(model, fisher="exact", method=hk.KFAC(damping=damping))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    used = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        outputs = model(x)
+        loss = F.mse_loss(outputs, y)
+        preconditioner.observe(outputs, loss=distribution)
+        loss.backward()
+        used.append(preconditioner.step().damping)
+        optimizer.step()
+        preconditioner.adapt_damping(lambda: F.mse_loss(model(x), y).item(), loss.item())
+        assert not preconditioner.damping_due
+    return used
+
+
+def test_levenberg_marquardt_shrinks_where_the_model_is_exact() -> None:
+    """The model's only error is its damping term, so that the ratio is 1 but for it."""
+    damping = Recorded(1e-7, interval=2, factor=0.9, minimum=1e-9)
+    used = adapted(damping, lr=0.5, steps=5, distribution=hk.SquaredError())
+    assert damping.ratios == pytest.approx([1.0, 1.0], abs=1e-4)
+    assert used == pytest.approx([1e-7, 1e-7, 0.81e-7, 0.81e-7, 0.81**2 * 1e-7])
+
+
+def test_levenberg_marquardt_counts_the_damping_term() -> None:
+    """Predicted change: <delta, D> + (<delta, F delta> + damping |delta|^2) / 2, from weights before and after."""
+    damping = Recorded(0.5, interval=1)
+    model, x, y = mlp(4, 3), normal(20, 4), normal(20, 3, seed=2)
+    before = matrix_of(model)
+    found = one_step(model, x, y, SQUARED_ERROR, fisher="exact", method=hk.KFAC(damping=damping))
+    torch.optim.SGD(model.parameters(), lr=0.9).step()
+    delta = (matrix_of(model) - before).flatten()
+    block = kron(found.factor("0", "G"), found.factor("0", "A"))[0]
+    predicted = delta @ found.gradients["0"].flatten() + 0.5 * (delta @ block @ delta + 0.5 * delta @ delta)
+    assert found.preconditioner.damping_due
+    found.preconditioner.adapt_damping(lambda: 2.0, loss=3.5)
+    assert damping.ratios == pytest.approx([-1.5 / predicted.item()])
+
+
+def matrix_of(model: nn.Module) -> Tensor:
+    return torch.cat([model[0].weight, model[0].bias[:, None]], dim=1).detach()
+
+
+@pytest.mark.parametrize("lr", [1.0, 3.0])
+def test_levenberg_marquardt_grows_where_the_model_is_bad(lr: float) -> None:
+    """Curvature taken to be far too small: steps are far too long, and the loss does not fall as predicted.
+
+    At a learning rate above 2 even the model expects a rise: then the ratio is no praise, though it is positive.
+    """
+    damping = Recorded(1e-3, interval=1, factor=0.5)
+    used = adapted(damping, lr=lr, steps=3, distribution=hk.SquaredError(weight=1e-3))
+    assert not any(ratio >= 0.25 for ratio in damping.ratios)
+    assert used == pytest.approx([1e-3, 2e-3, 4e-3])
+
+
+def test_levenberg_marquardt_waits_for_its_interval() -> None:
+    model = net()
+    preconditioner = preconditioner_of(model, method=hk.KFAC(damping=hk.LevenbergMarquardt(1.0, interval=3)))
+    due = []
+    for _ in range(6):
+        backward(preconditioner, model)
+        preconditioner.step()
+        due.append(preconditioner.damping_due)
+        preconditioner.adapt_damping(lambda: math.nan, 1.0)  # counts as a bad prediction
+    assert due == [False, False, True, False, False, True]
+    assert preconditioner.damping.current == pytest.approx(0.95**-6)
+
+
+def test_fixed_damping_is_not_adapted() -> None:
+    model = net()
+    preconditioner = preconditioner_of(model)
+    backward(preconditioner, model)
+    preconditioner.step()
+    preconditioner.adapt_damping(lambda: pytest.fail("must not be evaluated"), 1.0)
+    assert not preconditioner.damping_due and preconditioner.damping.current == DAMPING
