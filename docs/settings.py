@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from docstring_parser import parse
@@ -22,11 +23,13 @@ one of a named part is `--part.key value`. `hpc-kfac train --help` shows the sam
 def rows(make: Callable[..., Any], given: str | None = None) -> Iterator[str]:
     """One table row for each argument."""
     described = {entry.arg_name: entry.description or "" for entry in parse(inspect.getdoc(make) or "").params}
+    own = fields(make) if is_dataclass(make) else ()
+    made = {field.name: field.default_factory for field in own if field.default_factory is not MISSING}
     for parameter in inspect.signature(make).parameters.values():
         if parameter.name in (given, "self", "length", "model"):
             continue
-        factory = parameter.default
-        default = "required" if factory is parameter.empty else "[]" if "factory" in repr(factory) else repr(factory)
+        value = made[parameter.name]() if parameter.name in made else parameter.default
+        default = "required" if value is parameter.empty else repr(value)
         kind = str(parameter.annotation).replace("|", "\\|")
         text = " ".join(described.get(parameter.name, "").split()).replace("|", "\\|")
         yield f"| `{parameter.name}` | `{kind}` | `{default}` | {text} |"

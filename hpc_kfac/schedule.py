@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Interval = int | Mapping[int, int]
 
@@ -14,7 +14,8 @@ class Schedule:
 
     Args:
         statistics: steps between two folds of statistics into the running averages.
-        refresh: steps between two decompositions; each refresh step takes statistics too.
+        refresh: steps between two decompositions; each refresh step takes statistics too. By default every 10 steps
+            up to step 100, every 100 from there on: what the first batch alone tells leaves the gradient as it is.
 
     Either is a number, or a mapping {from step: interval} for an interval that changes while training, for example
     {0: 1, 100: 10}.
@@ -24,7 +25,7 @@ class Schedule:
     """
 
     statistics: Interval = 10
-    refresh: Interval = 100
+    refresh: Interval = field(default_factory=lambda: {0: 10, 100: 100})
 
     def __post_init__(self) -> None:
         for name in ("statistics", "refresh"):
