@@ -7,8 +7,6 @@
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash env/install.sh
-. env/.venv/bin/activate
 
 ranks=${HPC_KFAC_RANKS:-2}
 case $ranks in '' | 0 | *[!0-9]*)
@@ -16,6 +14,9 @@ case $ranks in '' | 0 | *[!0-9]*)
     exit 2
     ;;
 esac
+
+bash env/install.sh
+. env/.venv/bin/activate
 
 images=${FASHION_MNIST:-/usr/share/datasets/fashion-mnist}
 if [[ ${1:-} == *.yaml || ${1:-} == *.yml ]]; then
