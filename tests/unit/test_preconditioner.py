@@ -259,9 +259,9 @@ def test_gradient_left_to_the_optimizer_is_checked_too() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match=r"no layer that can be captured.*ConvTranspose1d|no layer.*transposed"):
+    with pytest.raises(ValueError, match="no layer that can be captured.*transposed convolutions are not supported"):
         hk.Preconditioner(nn.ConvTranspose1d(2, 2, 3), step_control=None)
-    with pytest.raises(ValueError, match=r"no layer that can be captured.*lstm.*recurrent"):
+    with pytest.raises(ValueError, match="no layer that can be captured.*: lstm [(]recurrent"):
         hk.Preconditioner(nn.ModuleDict({"lstm": nn.LSTM(2, 2)}), step_control=None)
     with pytest.raises(ValueError, match="KLClip needs the learning rate: pass optimizer"):
         hk.Preconditioner(nn.Linear(2, 2))

@@ -1,0 +1,301 @@
+"""The preconditioner in a training script: real data, mixed precision, checkpointing, hooks, odd forward passes."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import hpc_kfac as hk
+from hpc_kfac.training.tasks import digits
+from unit.step_oracle import (
+    DAMPING,
+    DOUBLE,
+    backward,
+    batch,
+    finish,
+    matrices,
+    net,
+    normal,
+    one_step,
+    preconditioner_of,
+    randomised,
+)
+
+close = torch.testing.assert_close
+FISHERS = ["empirical", "sampled", "exact"]
+
+
+# ---- real data
+
+
+def train_digits(model_name: str, steps: int, **settings: object) -> tuple[float, list[float], nn.Module]:
+    """Digits with SGD: the mean loss of the last ten steps, every layer's cosine in every step, and the model."""
+    task = digits(model=model_name)
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1, momentum=0.9)
+    preconditioner = hk.Preconditioner(task.model, optimizer, **settings)
+    losses, cosines = [], []
+    order = torch.randperm(1500, generator=torch.Generator().manual_seed(1))
+    for step in range(steps):
+        x, y = task.train.fetch(order[(step * 50 + torch.arange(50)) % 1500])
+        optimizer.zero_grad()
+        loss = F.cross_entropy(task.model(x), y)
+        loss.backward()
+        report = preconditioner.step(log=True)
+        optimizer.step()
+        losses.append(loss.item())
+        cosines += [layer.cosine for layer in report.layers.values()]
+    return statistics.mean(losses[-10:]), cosines, task.model
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_default_run_is_no_no_op(model: str) -> None:
+    """A preconditioner that only scales the gradient has cosines of 1; the defaults must do more, and train."""
+    loss, cosines, _ = train_digits(model, steps=60)
+    assert statistics.median(cosines) < 0.95
+    assert loss < 0.5  # from 2.3
+
+
+def test_no_op_is_recognised() -> None:
+    """The same figure for a damping that drowns the curvature: the check above can fail."""
+    _, cosines, _ = train_digits("mlp", steps=3, method=hk.KFAC(damping=1e6))
+    assert statistics.median(cosines) > 0.9999
+
+
+# ---- precision
+
+
+def relative_errors(precision: hk.Precision, method: hk.Method) -> dict[str, float]:
+    task = digits(model="cnn")
+    x, y = task.train.fetch(torch.arange(100))
+    updates = []
+    for chosen in (DOUBLE, precision):
+        model = copy.deepcopy(task.model)
+        updates.append(one_step(model, x, y, precision=chosen, method=method).updates)
+    exact, rounded = updates
+    return {name: ((rounded[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact}
+
+
+@pytest.mark.parametrize("solver", ["eigen", "cholesky"])
+def test_precisions_stay_close(solver: str) -> None:
+    method = hk.KFAC(solver=solver)
+    half = torch.bfloat16
+    bounds = {
+        1e-4: hk.Precision(),
+        0.03: hk.Precision(apply=half),
+        0.1: hk.Precision(factors=half),
+        0.1001: hk.Precision(factors=half, apply=half),
+    }
+    for bound, precision in bounds.items():
+        errors = relative_errors(precision, method)
+        assert max(errors.values()) < bound, (precision, errors)
+        if half in (precision.factors, precision.apply):
+            assert max(errors.values()) > 1e-4  # else bfloat16 was not used
+
+
+def test_autocast_in_bfloat16() -> None:
+    """Activations and output gradients arrive in bfloat16; factors and steps stay near those of float32."""
+    steps = []
+    for enabled in (False, True):
+        task = digits(model="cnn")
+        x, y = task.train.fetch(torch.arange(100))
+        preconditioner = preconditioner_of(task.model, precision=hk.Precision())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            outputs = task.model(x)
+            loss = F.cross_entropy(outputs, y)
+        preconditioner.observe(outputs)
+        loss.backward()
+        steps.append(finish(preconditioner, task.model))
+    plain, half = steps
+    assert half.report.applied
+    for name, update in plain.updates.items():
+        assert half.factor(name, "A").dtype == torch.float32
+        for found, expected in ((half.factor(name, "A"), plain.factor(name, "A")), (half.updates[name], update)):
+            assert (found - expected).norm() < 0.1 * expected.norm(), name
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+def test_gradient_scaler_in_float16(fisher: str) -> None:
+    """A scale that overflows at first: that step is skipped, the later ones are those of a run without scaling."""
+
+    def run(scale: float | None) -> tuple[Tensor, list[bool]]:
+        task = digits(model="mlp")
+        model, (x, y) = task.model, task.train.fetch(torch.arange(64))
+        start = flat(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler(
+            "cpu", init_scale=scale or 1.0, backoff_factor=2.0**-16, enabled=scale is not None
+        )
+        preconditioner = hk.Preconditioner(model, optimizer, schedule=hk.Schedule(1, 1), fisher=fisher)
+        applied: list[bool] = []
+        while sum(applied) < 2:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.float16):
+                outputs = model(x)
+                loss = F.cross_entropy(outputs, y)
+            preconditioner.observe(outputs, loss_scale=scaler.get_scale())
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            applied.append(preconditioner.step().applied)
+            if applied[-1]:
+                scaler.step(optimizer)
+            scaler.update()
+        return flat(model) - start, applied
+
+    plain, always = run(None)
+    scaled, applied = run(2.0**26)
+    assert always == [True, True] and applied == [False, True, True]
+    assert (scaled - plain).norm() < 1e-3 * plain.norm()
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+# ---- hooks and passes
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model: nn.Sequential) -> None:
+        super().__init__()
+        self.front, self.back = model[:3], model[3:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(checkpoint(self.front, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_activation_checkpointing_changes_nothing(fisher: str) -> None:
+    x, y = batch()
+    plain = one_step(net(), x, y, fisher=fisher)
+    found = one_step(Checkpointed(net()), x, y, fisher=fisher)
+    for mine, theirs in (("front.0", "0"), ("front.1", "1"), ("back.4", "4")):
+        close(found.updates[mine], plain.updates[theirs])
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+def test_observe_is_no_second_backward(fisher: str) -> None:
+    """Hooks on parameters, as Horovod's and DDP's, fire once a step, and `.grad` is only the loss's gradient."""
+    model, reference = net(), net()
+    x, y = batch()
+    F.cross_entropy(reference(x), y).backward()
+    fired: list[int] = []
+    for place, parameter in enumerate(model.parameters()):
+        parameter.register_post_accumulate_grad_hook(lambda _, place=place: fired.append(place))
+    preconditioner = preconditioner_of(model, fisher=fisher)
+    outputs = model(x)
+    preconditioner.observe(outputs)
+    assert not fired and all(parameter.grad is None for parameter in model.parameters())
+    F.cross_entropy(outputs, y).backward()
+    assert sorted(fired) == list(range(6))
+    for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(parameter.grad, expected.grad)
+
+
+class Branches(nn.Module):
+    """A branch that a step may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.branch, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, branch: bool) -> Tensor:
+        x = self.trunk(x).tanh()
+        return self.head(x + self.branch(x).tanh() if branch else x)
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_unused_layer(fisher: str) -> None:
+    """Without statistics it takes the plain gradient, there being none; once used it is preconditioned."""
+    model = randomised(Branches())
+    preconditioner = preconditioner_of(model, fisher=fisher)
+    x, y = normal(6, 4), torch.arange(6) % 3
+    for used in (False, True, False):
+        model.zero_grad()
+        outputs = model(x, branch=used)
+        preconditioner.observe(outputs)
+        F.cross_entropy(outputs, y).backward()
+        raw = model.branch.weight.grad.clone() if used else None
+        report = preconditioner.step(log=True)
+        assert report.applied and report.failures == 0
+        if used:
+            assert not torch.allclose(model.branch.weight.grad, raw)
+            state = copy.deepcopy(preconditioner.states["branch"].running)
+    assert model.branch.weight.grad is None
+    assert all(torch.equal(preconditioner.states["branch"].running[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_training_in_eval_mode(fisher: str) -> None:
+    """Fine-tuning with frozen BatchNorm statistics and no dropout is captured as any other training."""
+    layers = [nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)]
+    model = randomised(nn.Sequential(*layers)).eval()
+    x, y = normal(6, 4), torch.arange(6) % 3
+    found = one_step(model, x, y, fisher=fisher)
+    assert (found.report.refreshed, found.report.failures) == (3, 0)
+    inputs = torch.cat([x, torch.ones(6, 1)], dim=1)
+    close(found.factor("0", "A")[0], inputs.T @ inputs / 6)
+    assert all(not torch.allclose(update, found.gradients[name]) for name, update in found.updates.items())
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_validation_in_between_does_not_count(gradients: bool, fisher: str) -> None:
+    """A forward pass without a backward pass, even one that forgot no_grad, leaves the statistics alone."""
+    x, y = batch()
+    model = net()
+    preconditioner = preconditioner_of(model, fisher=fisher)
+    with torch.set_grad_enabled(gradients):
+        model(normal(5, 2, 5, seed=9))
+    backward(preconditioner, model)
+    found, expected = finish(preconditioner, model), one_step(net(), x, y, fisher=fisher)
+    for name, update in expected.updates.items():
+        close(found.updates[name], update)
+
+
+def test_sampled_labels_of_micro_batches_are_those_of_the_batch() -> None:
+    x, y = batch()
+    model = net()
+    preconditioner = preconditioner_of(model, fisher="sampled")
+    for part in torch.arange(8).split([3, 4, 1]):
+        outputs = model(x[part])
+        preconditioner.observe(outputs, loss_scale=len(part) / 8)
+        (F.cross_entropy(outputs, y[part]) * len(part) / 8).backward()
+    found, expected = finish(preconditioner, model), one_step(net(), x, y, fisher="sampled")
+    for name, update in expected.updates.items():
+        close(found.updates[name], update)
+
+
+def test_sampled_labels_follow_the_sample_numbers() -> None:
+    """A shuffled batch with its sample numbers draws the same labels for the same samples."""
+    x, y = batch()
+    order = torch.tensor([5, 2, 7, 0, 1, 6, 4, 3])
+    model = net()
+    preconditioner = preconditioner_of(model, fisher="sampled")
+    outputs = model(x[order])
+    preconditioner.observe(outputs, sample_index=order)
+    F.cross_entropy(outputs, y[order]).backward()
+    found, expected = finish(preconditioner, model), one_step(net(), x, y, fisher="sampled")
+    for name, update in expected.updates.items():
+        close(found.updates[name], update)
+
+
+def test_steps_without_statistics_use_the_last_ones() -> None:
+    """Nothing is captured on an ordinary step; its gradient is preconditioned with what is there."""
+    model = net()
+    preconditioner = preconditioner_of(model, schedule=hk.Schedule(2, 2))
+    backward(preconditioner, model)
+    preconditioner.step()
+    states = copy.deepcopy(preconditioner.states)
+    backward(preconditioner, model, step=1)
+    assert preconditioner.capture.edges() == []
+    raw = matrices(model, preconditioner)
+    preconditioner.step()
+    for name, layer in preconditioner.capture.layers.items():
+        update = preconditioner.method.precondition(raw[name], states[name].view(), layer.shape, DAMPING)
+        assert torch.equal(matrices(model, preconditioner)[name], update)
