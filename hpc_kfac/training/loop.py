@@ -143,17 +143,17 @@ class Loop:
             loss = self.loss(outputs, part.targets)
         terms = self.loss.terms(outputs, part.targets)
         # The mean over ranks of the scaled losses is the sum over all terms, per sample of the global batch.
-        scale = self.scaler.get_scale() * terms * self.setup.ranks.size / part.global_size
+        scale = terms * self.setup.ranks.size / part.global_size
         self.setup.preconditioner.observe(
             outputs,
             loss=self.loss.distribution,
             count=terms,
             mask=self.loss.mask(part.targets),
-            loss_scale=scale if terms else 1.0,
+            loss_scale=scale * self.scaler.get_scale() if terms else 1.0,
             sample_index=part.indices,
         )
         with self.clock.phase("backward"):
-            (loss * scale).backward()
+            self.scaler.scale(loss * scale).backward()
         self.setup.model.train()
         return {"objective": float(loss.detach()) * terms, **totals(self.loss.metrics(outputs.float(), part.targets))}
 

@@ -1,0 +1,57 @@
+"""Tasks of the trainer's tests, given to it by import path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpc_kfac.training.datasets import TensorDataset
+from hpc_kfac.training.losses import CrossEntropyLoss
+from hpc_kfac.training.tasks import digits
+
+DOUBLE_DIGITS = ["--task", "user", "--task.function", "trainer_tasks:double_digits", "--task.metric", "accuracy"]
+
+
+def double_digits(samples: int = 1500) -> tuple[nn.Module, CrossEntropyLoss, TensorDataset, TensorDataset]:
+    """The digits and their small net in float64."""
+    task: Any = digits()
+    train = TensorDataset(task.train.inputs[:samples].double(), task.train.targets[:samples])
+    return task.model.double(), CrossEntropyLoss(), train, TensorDataset(task.test.inputs.double(), task.test.targets)
+
+
+def norm_digits() -> tuple[nn.Module, CrossEntropyLoss, TensorDataset, TensorDataset]:
+    """The digits with a net that has a batch norm."""
+    task: Any = digits()
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
+    return model, CrossEntropyLoss(), task.train, task.test
+
+
+def broken(missing_on: int) -> tuple[nn.Module, CrossEntropyLoss, TensorDataset, TensorDataset]:
+    """Fails on one rank only, as if its data were not there."""
+    from mpi4py import MPI
+
+    if missing_on == MPI.COMM_WORLD.rank:
+        raise FileNotFoundError("data/shard.bin: No such file or directory; copy it to this host")
+    return double_digits()
+
+
+class FailsOnRank1(nn.Linear):
+    """Raises in its fourth forward pass on rank 1."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from mpi4py import MPI
+
+        self.calls += 1
+        if self.calls == 4 and MPI.COMM_WORLD.rank == 1:
+            raise ZeroDivisionError("a bug in the user's model")
+        return super().forward(x)
+
+
+def failing() -> tuple[nn.Module, CrossEntropyLoss, TensorDataset, TensorDataset]:
+    """A model that fails on one rank while the others go on."""
+    task: Any = digits()
+    return nn.Sequential(nn.Flatten(), FailsOnRank1(64, 10)), CrossEntropyLoss(), task.train, task.test
