@@ -122,7 +122,7 @@ class Executor:
     """Runs plans.
 
     Args:
-        model: for the gradients that are left to the optimizer: they too are checked.
+        model: for its gradients, which are all checked, those that are left to the optimizer too.
         layers: captured layers by name.
         states: their tensors on this rank.
         problem: what the plans were made of.
@@ -145,8 +145,7 @@ class Executor:
         workers = problem.assignment.workers
         self._workers = comm.split(comm.rank // workers)
         self._receivers = comm.split(comm.rank % workers)
-        captured = {id(parameter) for layer in layers.values() for parameter in layer.parameters}
-        self._left_out = [p for p in model.parameters() if p.requires_grad and id(p) not in captured]
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = next(model.parameters()).device
         self._handlers = {
             "fold": lambda _: self._inputs.fold(),
@@ -357,7 +356,7 @@ class Executor:
         values = torch.stack([self._products[name] for name in owned]).double().cpu() if owned else torch.zeros(0, 3)
         products = dict(zip(owned, values.tolist(), strict=True))
         quadratic = sum(inputs.learning_rates[name] ** 2 * product[0] for name, product in products.items())
-        bad = float(not (math.isfinite(quadratic) and self._left_out_finite()))
+        bad = float(not (math.isfinite(quadratic) and self._finite()))
         totals = [
             quadratic if not bad else 0.0,
             bad,
@@ -396,8 +395,9 @@ class Executor:
             reports[name] = LayerReport(product / norms if norms > 0 else 1.0, share)
         return reports
 
-    def _left_out_finite(self) -> bool:
-        gradients = [p.grad for p in self._left_out if p.grad is not None]
+    def _finite(self) -> bool:
+        """Whether all gradients are, preconditioned ones included; a bad one of this rank alone counts as well."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         return not gradients or bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
 
     @staticmethod
