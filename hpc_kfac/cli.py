@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from hpc_kfac.training.launch import InputError, Ranks, end, join
+from hpc_kfac.stack import check_threads
+from hpc_kfac.training.launch import InputError, Ranks, alone, end, join
 
 HELP = """usage: hpc-kfac COMMAND ...
 
@@ -75,11 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if os.getcwd() not in sys.path:  # a user's own task is imported from where the command is given
         sys.path.insert(0, os.getcwd())
-    ranks = Ranks()
+    ranks = alone()
     try:
         if words[0] not in COMMANDS:
             raise InputError(f"{words[0]!r} is no command; choose one of {', '.join(COMMANDS)}")
         ranks = join()
+        if ranks.comm is not None:
+            check_threads()
         COMMANDS[words[0]](words[1:], ranks)
     except Exception as error:
         end(error, ranks)

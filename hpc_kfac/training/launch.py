@@ -25,7 +25,8 @@ class RunStopped(RuntimeError):
     """The run cannot go on; the message says at which step, and what was good last."""
 
 
-EXPECTED = (InputError, DataError, RunStopped)
+EXPECTED = (InputError, DataError, stack.LaunchError, RunStopped)
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,22 @@ class Ranks:
             raise InputError(where + problems[failed[0]])
 
 
+def alone() -> Ranks:
+    """This process before it has found the others; what the launcher calls it decides whether it speaks."""
+    given = next((os.environ[name] for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), "0")
+    return Ranks(rank=int(given))
+
+
 def join() -> Ranks:
     """Finds the other ranks. Without a launcher that started several this process is alone and needs no MPI.
 
     Raises:
-        InputError: a launch that cannot work: too low a thread level, or srun that started singletons.
+        LaunchError: the launcher made processes that do not know of each other.
     """
     launched = stack.launched_ranks()
     if launched is None or launched[1] == 1:
         return Ranks()
-    try:
-        stack.check_launch()
-        stack.check_threads()
-    except stack.LaunchError as error:
-        raise InputError(str(error)) from error
+    stack.check_launch()
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD.Dup()
@@ -141,7 +144,7 @@ def end(error: BaseException, ranks: Ranks) -> NoReturn:
 
     An expected error is one message; anything else is this rank's traceback.
     """
-    code = 2 if isinstance(error, InputError | DataError) else 1
+    code = 2 if isinstance(error, EXPECTED) and not isinstance(error, RunStopped) else 1
     if isinstance(error, EXPECTED) and _all_arrived(ranks):
         if ranks.rank == 0:
             _say(f"hpc-kfac: {error}")

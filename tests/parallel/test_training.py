@@ -72,7 +72,7 @@ def jittered(model: nn.Module, averaging: Any, ranks: Ranks, seed: int) -> torch
     found = []
     for step in range(4):
         averaging.optimizer.zero_grad()
-        inputs = torch.randn(8, 20, generator=torch.Generator().manual_seed(10 * step + ranks.rank))
+        inputs = torch.randn(8, 100, generator=torch.Generator().manual_seed(10 * step + ranks.rank))
         averaging.forward(inputs).square().mean().backward()
         averaging.synchronize()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -86,7 +86,7 @@ def test_horovod_gives_the_same_bits_whatever_the_timing() -> None:
     results = []
     for seed in range(4):
         torch.manual_seed(0)
-        model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(20, 20), nn.Tanh())))
+        model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(100, 100), nn.Tanh())))
         averaging = make_averaging("horovod", model, torch.optim.SGD(model.parameters(), lr=0.1), ranks, 1)
         results.append(jittered(model, averaging, ranks, seed))
         averaging.close()
