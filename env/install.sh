@@ -7,12 +7,16 @@
 #   HPC_KFAC_MPI=pypi|site         Open MPI from PyPI (default), or the mpicc, mpicxx and mpirun on PATH
 #   HPC_KFAC_GPU=none|cuda|rocm    torch and Horovod (with NCCL or RCCL) for GPUs; see env/README.md
 #   HPC_KFAC_APT=1|0               as root on Debian: may apt-get install dataset-fashion-mnist (default 1)
+#
+# The first three are remembered: a later run without them keeps the environment as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-mpi=${HPC_KFAC_MPI:-pypi} gpu=${HPC_KFAC_GPU:-none} apt=${HPC_KFAC_APT:-1}
 venv=$PWD/env/.venv cache=$PWD/env/.cache
-stamp=$venv/.finished log=$cache/install.log
+stamp=$venv/.finished log=$cache/install.log options=$cache/options
+# shellcheck source=/dev/null
+[ ! -f "$options" ] || . "$options"
+mpi=${HPC_KFAC_MPI:-pypi} gpu=${HPC_KFAC_GPU:-none} apt=${HPC_KFAC_APT:-1}
 began=$SECONDS
 unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX    # a site's modules often set these
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PYTHONNOUSERSITE=1
@@ -20,7 +24,7 @@ export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PYTHONNOUSERSIT
 # die "what went wrong" "the mend": the one message of a failed run.
 die() {
     printf 'env/install.sh: %s\n  Mend: %s\n' "$1" "$2" >&2
-    [ ! -f "$log" ] || printf '  Log: %s\n' "$log" >&2
+    [ -z "${logging:-}" ] || printf '  Log: %s\n' "$log" >&2
     exit 1
 }
 
@@ -75,8 +79,8 @@ find_site_mpi() {
 # What the environment is made from. The stamp holds it; any difference makes the environment anew.
 # Of setup.cfg only what pip reads counts, not the tools' settings below it.
 identity() {
-    printf '%s\n' "$venv" "$mpi" "$gpu" "${site_mpi:-}" "$("$python" -VV)" "$python"
-    cat env/install.sh env/constraints.txt env/launch.env env/selftest.py pyproject.toml
+    printf '%s\n' "$venv" "$mpi" "$gpu" "${site_mpi:-}" "${HPC_KFAC_PYTHON:-}"
+    cat env/install.sh env/constraints.txt env/launch.env env/selftest.py
     sed '/^\[tool:pytest\]/,$d' setup.cfg
 }
 
@@ -206,7 +210,6 @@ install_dataset() {
 
 main() {
     check_options
-    find_python
     find_site_mpi
     local key
     key=$(identity | sha256sum | cut -d' ' -f1)
@@ -214,6 +217,7 @@ main() {
         printf 'env/.venv is ready.\n'
         return
     fi
+    find_python
     mkdir -p "$cache"
     exec 9>"$cache/lock"
     flock -n 9 || { printf 'Another install is running; waiting for it.\n' && flock 9; }
@@ -224,6 +228,7 @@ main() {
     printf 'Building env/.venv (python %s, MPI %s, GPU %s); details in env/.cache/install.log\n' \
         "$("$python" -c 'import platform; print(platform.python_version())')" "$mpi" "$gpu"
     date >"$log"
+    logging=1
     check_compiler
     rm -rf "$venv"
     step "Creating the virtual environment" "install Python's venv module (Debian: apt-get install python3-venv)" \
@@ -245,6 +250,8 @@ main() {
     step "Self-test with 2 ranks" "read the log; env/README.md lists what can go wrong with a site's MPI" self_test
     tail -n 1 "$log"
     install_dataset
+    # shellcheck disable=SC2016
+    printf ': "${%s=%s}"\n' HPC_KFAC_MPI "$mpi" HPC_KFAC_GPU "$gpu" HPC_KFAC_PYTHON "${HPC_KFAC_PYTHON:-}" >"$options"
     printf '%s' "$key" >"$stamp.part"
     mv "$stamp.part" "$stamp"
     printf 'env/.venv is ready after %d s. Activate it: . env/.venv/bin/activate\n' $((SECONDS - began))

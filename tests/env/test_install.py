@@ -101,6 +101,13 @@ def test_no_site_mpi(copy, few_tools):
     assert "no mpicc on PATH" in message
 
 
+def test_options_are_remembered_and_can_be_changed(copy, few_tools):
+    (copy / "env" / ".cache").mkdir()
+    (copy / "env" / ".cache" / "options").write_text(': "${HPC_KFAC_MPI=site}"\n')
+    assert "no mpicc on PATH" in one_message(install(copy, PATH=str(few_tools)), copy)
+    assert "no C++ compiler" in one_message(install(copy, PATH=str(few_tools), HPC_KFAC_MPI="pypi"), copy)
+
+
 def test_broken_download_and_no_trust_in_what_it_leaves(copy):
     message = one_message(install(copy, **NOWHERE), copy)
     assert "Updating pip failed" in message and "pip's settings" in message and "install.log" in message
