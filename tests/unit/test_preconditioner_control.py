@@ -29,6 +29,39 @@ from unit.step_oracle import (
 close = torch.testing.assert_close
 
 
+# ---- which factors a step is made with
+
+
+def inverse_of(factor: Tensor, damping: Tensor) -> Tensor:
+    return torch.linalg.inv(factor + damping[:, None, None] * torch.eye(factor.shape[-1], dtype=factor.dtype))
+
+
+@pytest.mark.parametrize("solver", ["eigen", "cholesky"])
+def test_step_is_made_with_the_factors_of_the_last_refresh(solver: str) -> None:
+    """Statistics change in every step, solved forms in every second: never staler, never fresher."""
+    model = net()
+    method = hk.KFAC(damping=DAMPING, decay=0.5, solver=solver)
+    preconditioner = preconditioner_of(model, method=method, schedule=hk.Schedule(statistics=1, refresh=2))
+    refreshed: dict[str, tuple[Tensor, Tensor]] = {}
+    for step in range(5):
+        backward(preconditioner, model, step)
+        found = finish(preconditioner, model)
+        for name in ("0", "4"):
+            current = found.factor(name, "G").clone(), found.factor(name, "A").clone()
+            if step % 2 == 0:
+                refreshed[name] = current
+            else:
+                assert not torch.allclose(current[1], refreshed[name][1])
+            g, a = refreshed[name]
+            if solver == "eigen":
+                expected = solved(kron(g, a), found.gradients[name])
+            else:
+                means = [factor.diagonal(dim1=1, dim2=2).mean(1) for factor in (a, g)]
+                pi = (means[0] / means[1]).sqrt()
+                expected = inverse_of(g, DAMPING**0.5 / pi) @ found.gradients[name] @ inverse_of(a, DAMPING**0.5 * pi)
+            close(found.updates[name], expected)
+
+
 # ---- how long a step may be
 
 
