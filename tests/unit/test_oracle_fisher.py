@@ -135,6 +135,7 @@ CONVOLUTIONS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]]
     "1d stride": (nn.Conv1d, {"kernel_size": 3, "stride": 2, "padding": 1}, (6,)),
     "1d dilation, no bias": (nn.Conv1d, {"kernel_size": 2, "dilation": 3, "bias": False}, (7,)),
     "1d depthwise": (nn.Conv1d, {"kernel_size": 3, "groups": 2}, (5,)),
+    "1d groups, one position": (nn.Conv1d, {"kernel_size": 3, "groups": 2}, (3,)),
     "2d plain": (nn.Conv2d, {"kernel_size": 3, "padding": 1}, (4, 3)),
     "2d uneven": (nn.Conv2d, {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}, (5, 4)),
     "2d groups": (nn.Conv2d, {"kernel_size": 2, "groups": 2, "stride": 2}, (4, 4)),
