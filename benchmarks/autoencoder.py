@@ -24,10 +24,13 @@ import torch
 from torch import Tensor, nn
 
 import hpc_kfac as hk
+from hpc_kfac.training.losses import Loss
 from hpc_kfac.training.tasks import Task, fashion_autoencoder
 
 BATCH = 500
-BASELINES = ("AdamW", "SGD", "Muon")
+
+Trained = tuple[list[Any], Callable[[Tensor], None]]
+"""A contender at work: its optimizers, and one training step on a batch."""
 
 
 @dataclass
@@ -90,7 +93,7 @@ def cosine(share: float) -> float:
 def first_order(make: Callable[[nn.Module], list[torch.optim.Optimizer]]) -> Callable[..., Any]:
     """A contender without preconditioner."""
 
-    def contender(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[list[Any], Callable[[Tensor], None]]:
+    def contender(model: nn.Module, loss: Loss) -> Trained:
         optimizers = make(model)
 
         def step(x: Tensor) -> None:
@@ -120,9 +123,7 @@ def muon(lr: float, adamw_lr: float = 1e-3, momentum: float = 0.95) -> Callable[
         matrices = [p for p in model.parameters() if p.ndim == 2]
         vectors = [p for p in model.parameters() if p.ndim != 2]
         return [
-            torch.optim.Muon(
-                matrices, lr=lr, momentum=momentum, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-            ),
+            torch.optim.Muon(matrices, lr=lr, momentum=momentum, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(vectors, lr=adamw_lr, weight_decay=0.0),
         ]
 
@@ -144,7 +145,7 @@ def kfac(
 ) -> Callable[..., Any]:
     """Any of our methods under Nesterov SGD."""
 
-    def contender(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[list[Any], Callable[[Tensor], None]]:
+    def contender(model: nn.Module, loss: Loss) -> Trained:
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, nesterov=True)
         preconditioner = hk.Preconditioner(
             model,
@@ -230,9 +231,8 @@ def show(rows: list[dict[str, Any]], target: float) -> str:
         seconds = f"{row['seconds_to_target']:.1f}" if row["seconds_to_target"] is not None else "not reached"
         steps = row["steps_to_target"] if row["steps_to_target"] is not None else "-"
         settings = ", ".join(f"{key}={value}" for key, value in row["settings"].items())
-        lines.append(
-            f"{row['contender']:12} {seconds:>12} {steps:>7} {row['final_error']:12.2f} {row['ms_per_step']:8.1f}  {settings}"
-        )
+        figures = f"{seconds:>12} {steps:>7} {row['final_error']:12.2f} {row['ms_per_step']:8.1f}"
+        lines.append(f"{row['contender']:12} {figures}  {settings}")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Writes docs/settings.md: every setting of the trainer, out of the signatures and docstrings that define them.
 
-    python docs/settings.py > docs/settings.md
+python docs/settings.py > docs/settings.md
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from hpc_kfac.training.config import KINDS, RunSettings
 
 HEAD = """# Settings
 
-Written by `python docs/settings.py`. A run file is YAML, `key: value`; on the command line a setting is `--key value`, and
-one of a named part is `--part.key value`. `hpc-kfac train --help` shows the same for the parts that a run chose."""
+Written by `python docs/settings.py`. A run file is YAML, `key: value`; on the command line a setting is `--key value`,
+and one of a named part is `--part.key value`. `hpc-kfac train --help` shows the same for the parts that a run chose."""
 
 
 def rows(make: Callable[..., Any], given: str | None = None) -> Iterator[str]:

@@ -52,7 +52,7 @@ def test_zero_fraction_is_one_worker():
 
 
 def test_fraction_that_cannot_be_honoured_names_the_valid_ones():
-    with pytest.raises(ValueError, match=r"grad_worker_fraction 0.4 cannot be honoured by 4 ranks; use one of 1/4=0.25"):
+    with pytest.raises(ValueError, match=r"fraction 0.4 cannot be honoured by 4 ranks; use one of 1/4=0.25"):
         Kaisa(0.4).assign({"a": 1.0}, 4)
     with pytest.raises(ValueError, match="grad_worker_fraction is 1.5; give a number from 0 to 1"):
         Kaisa(1.5)
