@@ -2,9 +2,9 @@
 
 All contenders train the same model from the same weights on the same batches in one process, in turns of a few seconds,
 so that whatever else the machine does meets all of them alike. Only training counts as time. The target is the test
-error that the best AdamW run reaches at the end of its budget.
+error that the best AdamW run has at the end of its budget.
 
-    python benchmarks/autoencoder.py --seconds 120 --out logs/autoencoder.json
+    python benchmarks/autoencoder.py --out logs/autoencoder.json
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Run:
     Attributes:
         name: contender.
         settings: the grid point.
+        budget: seconds of training, over which the learning rate falls.
         steps: training steps so far.
         seconds: training time so far.
         curve: (seconds, steps, test error) after every turn.
@@ -47,6 +49,7 @@ class Run:
 
     name: str
     settings: dict[str, Any]
+    budget: float
     advance: Iterator[None]
     evaluate: Callable[[], float]
     steps: int = 0
@@ -64,8 +67,9 @@ class Run:
         self.curve.append((self.seconds, self.steps, error if math.isfinite(error) else math.inf))
 
     @property
-    def failed(self) -> bool:
-        return bool(self.curve) and math.isinf(self.curve[-1][2])
+    def ended(self) -> bool:
+        """Out of budget, or diverged."""
+        return bool(self.curve) and (math.isinf(self.curve[-1][2]) or self.seconds >= self.budget)
 
     def reached(self, target: float) -> tuple[float, int] | None:
         """Seconds and steps at the first evaluation at or below the target."""
@@ -116,7 +120,7 @@ def sgd(lr: float, momentum: float = 0.9) -> Callable[..., Any]:
     return first_order(lambda m: [torch.optim.SGD(m.parameters(), lr=lr, momentum=momentum, nesterov=True)])
 
 
-def muon(lr: float, adamw_lr: float = 1e-3, momentum: float = 0.95) -> Callable[..., Any]:
+def muon(lr: float, adamw_lr: float = 1e-3, momentum: float = 0.9) -> Callable[..., Any]:
     """torch's Muon for the matrices, AdamW for the biases."""
 
     def make(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -135,12 +139,10 @@ def kfac(
     momentum: float = 0.9,
     damping: float = 0.2,
     kl_clip: float = 0.1,
-    solver: str = "cholesky",
-    norm: float | None = None,
     statistics: Any = 10,
     refresh: Any = None,
     apply: torch.dtype = torch.bfloat16,
-    method: type[hk.Method] = hk.KFAC,
+    make: Callable[..., hk.Method] = hk.KFAC,
     **settings: Any,
 ) -> Callable[..., Any]:
     """Any of our methods under Nesterov SGD."""
@@ -150,10 +152,10 @@ def kfac(
         preconditioner = hk.Preconditioner(
             model,
             optimizer,
-            method=method(damping=damping, solver=solver, **settings),
+            method=make(damping=damping, **settings),
             # The first factors age fastest: they are of the initial weights.
             schedule=hk.Schedule(statistics, refresh or {0: 10, 50: 50}),
-            step_control=hk.FixedNorm(norm) if norm is not None else hk.KLClip(kl_clip),
+            step_control=hk.KLClip(kl_clip),
             precision=hk.Precision(apply=apply),
         )
 
@@ -168,13 +170,24 @@ def kfac(
     return contender
 
 
-GRID: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
-    "AdamW": (adamw, [{"lr": 1e-3}, {"lr": 3e-3}, {"lr": 6e-3}]),
-    "SGD": (sgd, [{"lr": 1e-2}, {"lr": 3e-2}, {"lr": 1e-1}]),
-    "Muon": (muon, [{"lr": 3e-3}, {"lr": 1e-2}, {"lr": 3e-2}]),
-    "K-FAC": (kfac, [{"damping": 0.1}, {"damping": 0.2}, {"damping": 0.4}]),
+cholesky = partial(kfac, solver="cholesky")
+ekfac = partial(kfac, make=hk.EKFAC)
+eva = partial(kfac, make=hk.Eva)
+sample_matrix = partial(kfac, make=hk.SampleMatrix, rows=64)
+
+GRID: dict[str, tuple[Callable[..., Any], list[dict[str, Any]], list[float]]] = {
+    "AdamW": (adamw, [{"lr": 5e-4}, {"lr": 1e-3}, {"lr": 2e-3}], [40, 120]),
+    "SGD": (sgd, [{"lr": 5e-4}, {"lr": 1e-3}, {"lr": 2e-3}], [40, 120]),
+    "Muon": (muon, [{"lr": 0.01}, {"lr": 0.02}, {"lr": 0.01, "momentum": 0.95}], [40, 120]),
+    "K-FAC": (cholesky, [{"damping": 0.1}, {"damping": 0.2}, {"damping": 0.4}], [40, 120]),
+    "EKFAC": (ekfac, [{"damping": 0.1}, {"damping": 0.4}], [40]),
+    "Eva": (eva, [{"damping": 0.03}, {"damping": 0.3}], [40]),
+    "sample matrix": (sample_matrix, [{"damping": 0.1}, {"damping": 1.0}], [40]),
 }
-"""Every contender's grid, equally many points each, written down before the measured run."""
+"""Settings and seconds of training that every contender tries: each setting with each length of its cosine schedule.
+
+Written down before the measured run; the baselines and K-FAC have equally many points.
+"""
 
 
 def build(task: Task, name: str, settings: dict[str, Any], budget: float, seed: int, test: Tensor) -> Run:
@@ -198,7 +211,7 @@ def build(task: Task, name: str, settings: dict[str, Any], budget: float, seed: 
         error = sum(task.loss.metrics(model(x), x)["squared_error_sum"].item() for x in test.split(2000))
         return error / len(test)
 
-    run = Run(name, settings, advance(), evaluate)
+    run = Run(name, settings, budget, advance(), evaluate)
     return run
 
 
@@ -213,6 +226,7 @@ def table(runs: list[Run], target: float) -> list[dict[str, Any]]:
             {
                 "contender": name,
                 "settings": run.settings,
+                "budget": run.budget,
                 "seconds_to_target": reached[0] if reached else None,
                 "steps_to_target": reached[1] if reached else None,
                 "final_error": run.curve[-1][2],
@@ -230,7 +244,7 @@ def show(rows: list[dict[str, Any]], target: float) -> str:
     for row in rows:
         seconds = f"{row['seconds_to_target']:.1f}" if row["seconds_to_target"] is not None else "not reached"
         steps = row["steps_to_target"] if row["steps_to_target"] is not None else "-"
-        settings = ", ".join(f"{key}={value}" for key, value in row["settings"].items())
+        settings = ", ".join(f"{key}={value}" for key, value in row["settings"].items()) + f"; {row['budget']:.0f} s"
         figures = f"{seconds:>12} {steps:>7} {row['final_error']:12.2f} {row['ms_per_step']:8.1f}"
         lines.append(f"{row['contender']:12} {figures}  {settings}")
     return "\n".join(lines)
@@ -238,7 +252,7 @@ def show(rows: list[dict[str, Any]], target: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120.0, help="training time of every grid point")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for every budget of the grid")
     parser.add_argument("--turn", type=float, default=2.0, help="seconds of training between evaluations")
     parser.add_argument("--threads", type=int, default=1, help="threads of the process")
     parser.add_argument("--seed", type=int, default=0)
@@ -251,17 +265,17 @@ def main() -> None:
     task = fashion_autoencoder(path=options.data, seed=options.seed)
     test = task.test.fetch(torch.arange(len(task.test)))[0]
     runs = [
-        build(task, name, settings, options.seconds, options.seed, test)
+        build(task, name, settings, options.scale * budget, options.seed, test)
         for name in options.only
         for settings in GRID[name][1]
+        for budget in GRID[name][2]
     ]
-    turns = math.ceil(options.seconds / options.turn)
-    for number in range(1, turns + 1):
-        for run in runs:
-            if not run.failed:
-                run.turn(min(number * options.turn, options.seconds))
-        state = "  ".join(f"{run.name} {run.curve[-1][2]:.1f}" for run in runs)
-        print(f"{number * options.turn:6.0f} s  {state}", flush=True)
+    until = 0.0
+    while active := [run for run in runs if not run.ended]:
+        until += options.turn
+        for run in active:
+            run.turn(min(until, run.budget))
+        print(f"{until:6.0f} s  " + "  ".join(f"{run.name} {run.curve[-1][2]:.1f}" for run in active), flush=True)
 
     adamw_runs = [run for run in runs if run.name == "AdamW"] or runs
     target = min(run.curve[-1][2] for run in adamw_runs)
@@ -269,13 +283,12 @@ def main() -> None:
     print(show(rows, target))
     record = {
         "target": target,
-        "budget_seconds": options.seconds,
         "threads": options.threads,
         "batch": BATCH,
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
         "rows": rows,
-        "runs": [{"contender": r.name, "settings": r.settings, "curve": r.curve} for r in runs],
+        "runs": [{"contender": r.name, "settings": r.settings, "budget": r.budget, "curve": r.curve} for r in runs],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1))
