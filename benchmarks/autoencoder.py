@@ -176,10 +176,10 @@ eva = partial(kfac, make=hk.Eva)
 sample_matrix = partial(kfac, make=hk.SampleMatrix, rows=64)
 
 GRID: dict[str, tuple[Callable[..., Any], list[dict[str, Any]], list[float]]] = {
-    "AdamW": (adamw, [{"lr": 5e-4}, {"lr": 1e-3}, {"lr": 2e-3}], [40, 120]),
-    "SGD": (sgd, [{"lr": 5e-4}, {"lr": 1e-3}, {"lr": 2e-3}], [40, 120]),
-    "Muon": (muon, [{"lr": 0.01}, {"lr": 0.02}, {"lr": 0.01, "momentum": 0.95}], [40, 120]),
-    "K-FAC": (cholesky, [{"damping": 0.1}, {"damping": 0.2}, {"damping": 0.4}], [40, 120]),
+    "AdamW": (adamw, [{"lr": 7e-4}, {"lr": 1.5e-3}], [40, 120]),
+    "SGD": (sgd, [{"lr": 1e-3}, {"lr": 2e-3}], [40, 120]),
+    "Muon": (muon, [{"lr": 0.01}, {"lr": 0.02}, {"lr": 0.04}, {"lr": 0.01, "momentum": 0.95}], [40]),
+    "K-FAC": (cholesky, [{"damping": 0.05}, {"damping": 0.1}, {"damping": 0.2}, {"damping": 0.4}], [40]),
     "EKFAC": (ekfac, [{"damping": 0.1}, {"damping": 0.4}], [40]),
     "Eva": (eva, [{"damping": 0.03}, {"damping": 0.3}], [40]),
     "sample matrix": (sample_matrix, [{"damping": 0.1}, {"damping": 1.0}], [40]),
