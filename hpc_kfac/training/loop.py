@@ -215,7 +215,7 @@ class Loop:
 
     def _record(self, report: StepReport, batch: Batch) -> None:
         self.interval.add(report, batch.global_size)
-        if not self._logged(self.step):
+        if not (self._logged(self.step) or report.scalars["stop"]):
             return
         seconds = self.clock.take()
         for name, value in self.setup.preconditioner.timings.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_kfac import StepReport, TrainingDiverged
+from hpc_kfac import StepReport, TrainingDiverged, cli
 from hpc_kfac.training.config import parse
 from hpc_kfac.training.console import Console
 from hpc_kfac.training.dry_run import dry_run
@@ -135,9 +136,18 @@ def test_levenberg_marquardt_adapts_the_damping(tmp_path: Path) -> None:
 
 
 def test_max_seconds_ends_a_run(tmp_path: Path) -> None:
-    result = train(tmp_path, "--max_seconds", "1e-9", "--epochs", "3", "--max_steps", "40", "--log_every", "1")
+    result = train(tmp_path, "--max_seconds", "1e-9", "--epochs", "3", "--max_steps", "40", "--log_every", "40")
     assert result.steps == 2  # the first step that sees the time is over is the last
-    assert rows(tmp_path)[-1]["kind"] == "evaluation"
+    assert [(row["kind"], row["step"]) for row in rows(tmp_path)] == [("train", 2), ("evaluation", 2)]
+
+
+def test_one_process_needs_neither_mpi4py_nor_horovod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mpi4py", "horovod"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    words = ["train", *FAST, "--run_dir", str(tmp_path)]
+    assert cli.main(words) == 0
+    facts = json.loads(next(tmp_path.glob("*/run.json")).read_text())
+    assert facts["mpi"] is None and facts["averaging"] is None
 
 
 def test_nan_loss_stops_with_step_and_last_good_state(tmp_path: Path) -> None:
