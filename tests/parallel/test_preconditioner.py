@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 
 import pytest
 import torch
@@ -45,8 +46,11 @@ def shard(step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor,
     return x[index], y[index], index
 
 
-def train(comm, method, *, fraction=1.0, fisher="empirical", accumulation=1, schedule=None, steps=STEPS):
-    """Weights after some steps, and the preconditioner. comm None: one process, the whole batch."""
+def train(comm, method, *, carrier=None, fraction=1.0, fisher="empirical", accumulation=1, schedule=None, steps=STEPS):
+    """Weights after some steps, and the preconditioner. comm None: one process, the whole batch.
+
+    `carrier` carries factors and inverses instead of comm.
+    """
     torch.manual_seed(0)
     model = Net().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -60,7 +64,7 @@ def train(comm, method, *, fraction=1.0, fisher="empirical", accumulation=1, sch
         step_control=hk.KLClip(1e-2),
         fisher=fisher,
         precision=DOUBLE,
-        comm=comm,
+        comm=carrier or comm,
     )
     for step in range(steps):
         optimizer.zero_grad()
@@ -104,6 +108,26 @@ def test_placements_agree_bitwise(comm, name):
     for fraction in (0.5, 0.25):
         weights, _ = train(comm, METHODS[name](), fraction=fraction)
         assert torch.equal(weights, reference), fraction
+
+
+@pytest.fixture
+def process_group(comm):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = comm.bcast(server.getsockname()[1])
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=comm.rank, world_size=comm.size)
+    yield torch.distributed.group.WORLD
+    comm.Barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("name", METHODS)
+def test_torch_distributed_carries_what_mpi_does(comm, process_group, name):
+    for fraction in (1.0, 0.5):
+        reference, over_mpi = train(comm, METHODS[name](), fraction=fraction)
+        weights, over_torch = train(comm, METHODS[name](), carrier=process_group, fraction=fraction)
+        torch.testing.assert_close(weights, reference, rtol=1e-10, atol=1e-12)
+        assert over_torch.traffic == over_mpi.traffic
 
 
 @pytest.mark.ranks(2)
