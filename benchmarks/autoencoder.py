@@ -135,10 +135,10 @@ def muon(lr: float, adamw_lr: float = 1e-3, momentum: float = 0.9) -> Callable[.
 
 
 def kfac(
-    lr: float = 0.3,
+    lr: float = 1.0,
     momentum: float = 0.9,
     damping: float = 0.2,
-    kl_clip: float = 0.1,
+    kappa: float = 0.1,
     statistics: Any = 10,
     refresh: Any = None,
     apply: torch.dtype = torch.bfloat16,
@@ -155,7 +155,7 @@ def kfac(
             method=make(damping=damping, **settings),
             # The first factors age fastest: they are of the initial weights.
             schedule=hk.Schedule(statistics, refresh or {0: 10, 50: 50}),
-            step_control=hk.KLClip(kl_clip),
+            step_control=hk.TrustRegion(kappa),
             precision=hk.Precision(apply=apply),
         )
 
@@ -178,8 +178,8 @@ sample_matrix = partial(kfac, make=hk.SampleMatrix, rows=64)
 GRID: dict[str, tuple[Callable[..., Any], list[dict[str, Any]], list[float]]] = {
     "AdamW": (adamw, [{"lr": 7e-4}, {"lr": 1.5e-3}], [40, 120]),
     "SGD": (sgd, [{"lr": 1e-3}, {"lr": 2e-3}], [40, 120]),
-    "Muon": (muon, [{"lr": 0.01}, {"lr": 0.02}, {"lr": 0.04}, {"lr": 0.01, "momentum": 0.95}], [40]),
-    "K-FAC": (cholesky, [{"damping": 0.05}, {"damping": 0.1}, {"damping": 0.2}, {"damping": 0.4}], [40]),
+    "Muon": (muon, [{"lr": 0.01}, {"lr": 0.02}], [20, 40]),
+    "K-FAC": (cholesky, [{"damping": 0.1}, {"damping": 0.2}], [20, 40]),
     "EKFAC": (ekfac, [{"damping": 0.1}, {"damping": 0.4}], [40]),
     "Eva": (eva, [{"damping": 0.03}, {"damping": 0.3}], [40]),
     "sample matrix": (sample_matrix, [{"damping": 0.1}, {"damping": 1.0}], [40]),

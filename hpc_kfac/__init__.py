@@ -7,7 +7,7 @@ from hpc_kfac.fisher import BinaryCrossEntropy, CrossEntropy, OutputDistribution
 from hpc_kfac.methods import EKFAC, KFAC, Eva, Method, SampleMatrix
 from hpc_kfac.preconditioner import Preconditioner, TrainingDiverged
 from hpc_kfac.schedule import Schedule
-from hpc_kfac.step_control import FixedNorm, KLClip
+from hpc_kfac.step_control import FixedNorm, KLClip, TrustRegion
 from hpc_kfac.step_plan import Precision
 
 __version__ = "0.1.0"
@@ -34,4 +34,5 @@ __all__ = [
     "SquaredError",
     "StepReport",
     "TrainingDiverged",
+    "TrustRegion",
 ]

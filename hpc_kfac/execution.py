@@ -355,7 +355,8 @@ class Executor:
         owned = [name for name in names if name in self._products]
         values = torch.stack([self._products[name] for name in owned]).double().cpu() if owned else torch.zeros(0, 3)
         products = dict(zip(owned, values.tolist(), strict=True))
-        quadratic = sum(inputs.learning_rates[name] ** 2 * product[0] for name, product in products.items())
+        clip = self._control_rule if isinstance(self._control_rule, KLClip) else KLClip()
+        quadratic = sum(clip.weight(inputs.learning_rates[name]) * product[0] for name, product in products.items())
         bad = float(not (math.isfinite(quadratic) and self._finite()))
         totals = [
             quadratic if not bad else 0.0,

@@ -41,7 +41,7 @@ class Preconditioner:
         method: the curvature method.
         placement: which ranks decompose and precondition which layers.
         schedule: when statistics are taken and factors decomposed.
-        step_control: KLClip, FixedNorm or None.
+        step_control: KLClip, TrustRegion, FixedNorm or None.
         fisher: "empirical" uses the training gradients; "sampled" draws labels from the model, "exact" sums over all
             outputs; these two need `observe` on every step.
         precision: dtypes of running averages, decompositions and application.
@@ -73,7 +73,7 @@ class Preconditioner:
         seed: int = 0,
         max_skipped: int = 10,
     ) -> None:
-        if isinstance(step_control, KLClip) and optimizer is None:
+        if isinstance(step_control, KLClip) and step_control.needs_learning_rate and optimizer is None:
             raise ValueError("KLClip needs the learning rate: pass optimizer=..., or step_control=None")
         if fisher not in ("empirical", "sampled", "exact"):
             raise ValueError(f"fisher is {fisher!r}; use 'empirical', 'sampled' or 'exact'")

@@ -134,9 +134,7 @@ class ConvBatch(PositionBatch):
         x = self._padded(part.x)
         # Each pixel counts once for every (output position, kernel position) that reads it.
         weight = torch.ones((), dtype=self.dtype, device=x.device)
-        for size, kernel, stride, dilation in zip(
-            x.shape[2:], self.kernel, self.stride, self.dilation, strict=True
-        ):
+        for size, kernel, stride, dilation in zip(x.shape[2:], self.kernel, self.stride, self.dilation, strict=True):
             positions = (size - (kernel - 1) * dilation - 1) // stride + 1
             reads = torch.arange(positions)[:, None] * stride + torch.arange(kernel) * dilation
             weight = weight.unsqueeze(-1) * torch.bincount(reads.flatten(), minlength=size).to(weight)

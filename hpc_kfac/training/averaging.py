@@ -84,8 +84,7 @@ class MPIAveraging(_Plain):
         sizes = [parameter.numel() for parameter in self._parameters]
         self._buffer = self._parameters[0].new_zeros(sum(sizes))
         self._views = [
-            part.view_as(parameter)
-            for part, parameter in zip(self._buffer.split(sizes), self._parameters, strict=True)
+            part.view_as(parameter) for part, parameter in zip(self._buffer.split(sizes), self._parameters, strict=True)
         ]
         for tensor in model.state_dict().values():
             tensor.copy_(ranks.broadcast(tensor.cpu()))

@@ -142,7 +142,9 @@ KINDS = {
     ),
     "placement": Kind({"kaisa": hk.Kaisa}, "kaisa"),
     "schedule": Kind({"intervals": hk.Schedule}, "intervals"),
-    "step_control": Kind({"none": None, "kl_clip": hk.KLClip, "fixed_norm": hk.FixedNorm}, "kl_clip"),
+    "step_control": Kind(
+        {"none": None, "kl_clip": hk.KLClip, "trust_region": hk.TrustRegion, "fixed_norm": hk.FixedNorm}, "kl_clip"
+    ),
     "precision": Kind({"dtypes": hk.Precision}, "dtypes"),
 }
 

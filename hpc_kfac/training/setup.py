@@ -70,9 +70,7 @@ def build(settings: Settings, ranks: Ranks) -> Setup:
         learning_rate = parts["lr_schedule"](length=length)
     averaging = make_averaging(run.averaging, model, optimizer, ranks, run.accumulation_steps)
     preconditioner = make_preconditioner(settings, model, averaging.optimizer, ranks)
-    return Setup(
-        settings, ranks, device, task, model, averaging, preconditioner, train, test, length, learning_rate
-    )
+    return Setup(settings, ranks, device, task, model, averaging, preconditioner, train, test, length, learning_rate)
 
 
 def make_preconditioner(
