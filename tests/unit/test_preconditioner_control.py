@@ -1,4 +1,4 @@
-"""What bounds a step, KLClip and FixedNorm, and damping that changes: scheduled or by Levenberg and Marquardt."""
+"""What bounds a step, KLClip, TrustRegion and FixedNorm, and damping that changes: scheduled or by Levenberg and Marquardt."""
 
 from __future__ import annotations
 
@@ -82,6 +82,21 @@ def test_kl_clip_bounds_the_step(kappa: float, clipped: bool) -> None:
         assert scale**2 * quadratic == pytest.approx(kappa)
     for name, update in free.updates.items():
         close(found.updates[name], update * scale)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_trust_region_leaves_the_learning_rate_its_effect(rate: float) -> None:
+    """The bounded update is the same whatever the learning rate, with and without an optimizer to ask."""
+    model, (x, y) = net(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    found = one_step(model, x, y, optimizer=optimizer, step_control=hk.TrustRegion(1e-3))
+    free = one_step(net(), x, y)
+    quadratic = sum((update * free.gradients[name]).sum().item() for name, update in free.updates.items())
+    assert found.report.kl_scale**2 * quadratic == pytest.approx(1e-3)
+    alone = one_step(net(), x, y, step_control=hk.TrustRegion(1e-3))
+    for name, update in free.updates.items():
+        close(found.updates[name], update * found.report.kl_scale)
+        close(found.updates[name], alone.updates[name])
 
 
 def test_kl_clip_leaves_other_parameters_alone() -> None:
