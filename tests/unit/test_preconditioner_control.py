@@ -1,4 +1,4 @@
-"""What bounds a step, KLClip, TrustRegion and FixedNorm, and damping that changes: scheduled or by Levenberg and Marquardt."""
+"""What bounds a step, KLClip, TrustRegion and FixedNorm, and damping: scheduled or by Levenberg and Marquardt."""
 
 from __future__ import annotations
 
