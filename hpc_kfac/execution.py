@@ -165,7 +165,7 @@ class Executor:
     def run(self, plan: tuple[Operation, ...], inputs: StepInputs) -> StepReport:
         """Executes all operations; afterwards the gradients are preconditioned on every rank."""
         self._inputs = inputs
-        self._updates: dict[str, Tensor] = {}
+        self._updates: dict[str, Tensor] = {}  # to be shared
         self._products: dict[str, Tensor] = {}
         self._refreshed, self._failures = 0, 0
         flying: list[Callable[[], None]] = []
@@ -183,6 +183,7 @@ class Executor:
                 if finish_later is not None:
                     flying.append(finish_later)
             self._clock(kind, start)
+        self._updates = {}
         return self._report
 
     def _clock(self, kind: str | None, start: float) -> float:
@@ -315,7 +316,8 @@ class Executor:
         if isinstance(self._control_rule, FixedNorm):
             update = update * (self._control_rule.norm / update.norm().clamp(min=torch.finfo(update.dtype).tiny))
         layer.set_gradient(update)
-        self._updates[name] = update
+        if self._receivers.size > 1:
+            self._updates[name] = update
 
     def _ready(self, name: str) -> bool:
         """Whether the layer has what the method needs; before its first statistics it takes the plain gradient."""
