@@ -13,19 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hpc_kfac.collector import Collector, FisherSource
 from hpc_kfac.damping import LevenbergMarquardt, as_damping
 from hpc_kfac.distributed import Kaisa, communicator
 from hpc_kfac.execution import Executor, LayerState, StepInputs, StepReport
 from hpc_kfac.fisher import CrossEntropy, OutputDistribution
-from hpc_kfac.keyed_random import uniform
-from hpc_kfac.layers import Capture, LayerBatch
+from hpc_kfac.layers import Capture
 from hpc_kfac.methods import KFAC
-from hpc_kfac.methods.method import Method, State
+from hpc_kfac.methods.method import Method
 from hpc_kfac.schedule import Schedule
 from hpc_kfac.step_control import KLClip, StepControl
 from hpc_kfac.step_plan import Operation, Precision, Problem
-
-FisherSource = Literal["empirical", "sampled", "exact"]
 
 
 class TrainingDiverged(RuntimeError):
@@ -75,8 +73,6 @@ class Preconditioner:
     ) -> None:
         if isinstance(step_control, KLClip) and step_control.needs_learning_rate and optimizer is None:
             raise ValueError("KLClip needs the learning rate: pass optimizer=..., or step_control=None")
-        if fisher not in ("empirical", "sampled", "exact"):
-            raise ValueError(f"fisher is {fisher!r}; use 'empirical', 'sampled' or 'exact'")
         self.method = method or KFAC()
         self.damping = as_damping(self.method.damping)
         self.schedule = schedule or Schedule()
@@ -92,8 +88,6 @@ class Preconditioner:
         self.states = {name: LayerState() for name in self.capture.layers}
         self._device = next(model.parameters()).device
         self._optimizer = optimizer
-        self._fisher = fisher
-        self._seed = seed
         self._max_skipped = max_skipped
         self._skipped_in_row = 0
         self._overdue = False  # the last step should have refreshed but its batch was no good
@@ -103,12 +97,11 @@ class Preconditioner:
             model, self.capture.layers, self.states, self._problem, self._comm, step_control, self.timings
         )
         self._plans: dict[tuple[bool, bool, int], tuple[Operation, ...]] = {}
-        self._fresh: dict[str, tuple[State, float]] = {}
-        self._observed: tuple[float | None, float | None, Tensor | None] = (None, None, None)
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
-        self.capture.keep_output_gradients = fisher == "empirical"
-        self.capture.on_boundary = self._take_empirical
-        self._arm()
+        self._collector = Collector(
+            self.capture, self.method, self._problem.shapes, self.states, fisher, seed, self._comm.rank, self._comm.size
+        )
+        self._start_step()
 
     def _make_problem(self, placement: Kaisa) -> Problem:
         shapes = {name: layer.shape for name, layer in self.capture.layers.items()}
@@ -142,16 +135,8 @@ class Preconditioner:
         """
         if not self.capture.armed:
             return
-        loss = loss or CrossEntropy()
-        terms = float(count if count is not None else mask.sum().item() if mask is not None else loss.terms(outputs))
-        if terms > 0 and not loss_scale > 0:  # a micro-batch without a valid term has a share of 0
-            raise ValueError(f"loss_scale is {loss_scale} with {terms:g} loss terms; give a positive number")
-        if self._fisher == "empirical":
-            reduction = terms if loss.reduction == "mean" else 1.0
-            self._observed = (terms, reduction / loss_scale if terms > 0 else 0.0, mask)
-            return
         with self._timed("statistics"):
-            self._take_sampled(outputs, loss, terms, mask, sample_index)
+            self._collector.observe(outputs, loss or CrossEntropy(), count, mask, loss_scale, sample_index)
 
     def step(self, scalars: Mapping[str, float] | None = None, log: bool = False) -> StepReport:
         """Replaces the averaged gradients in `.grad` by preconditioned ones. Once per optimisation step, on all ranks.
@@ -168,9 +153,10 @@ class Preconditioner:
         """
         statistics, refresh = self._statistics_due, self._refresh_due
         if statistics:
-            self._take_empirical()
+            with self._timed("statistics"):
+                self._collector.take()
         inputs = StepInputs(
-            self.steps, self.damping.at(self.steps), self._learning_rates(), scalars or {}, log, self._fold
+            self.steps, self.damping.at(self.steps), self._learning_rates(), scalars or {}, log, self._collector.fold
         )
         self._remember_before_step()
         plan = self._plan(statistics, refresh, self._executor.scalars_needed(inputs.scalars, log))
@@ -179,7 +165,7 @@ class Preconditioner:
         self._overdue = refresh and not report.applied
         self.failures += report.failures
         self.steps += 1
-        self._arm()
+        self._start_step()
         return report
 
     @property
@@ -282,10 +268,9 @@ class Preconditioner:
         self.steps, self.skipped, self.failures = state["steps"], state["skipped"], state["failures"]
         self._overdue = state["overdue"]
         self.damping.load_state_dict(state["damping"])
-        self._fresh = {}
-        self._arm()
+        self._start_step()
 
-    # Statistics
+    # Small helpers
 
     @property
     def _refresh_due(self) -> bool:
@@ -295,84 +280,8 @@ class Preconditioner:
     def _statistics_due(self) -> bool:
         return self._overdue or self.schedule.statistics_due(self.steps)
 
-    def _arm(self) -> None:
-        self.capture.clear()
-        self._observed = (None, None, None)
-        self._sampled = 0  # rows of this step's earlier micro-batches
-        self.capture.armed = self._statistics_due
-
-    def _take_empirical(self) -> None:
-        if self._fisher != "empirical":
-            return
-        count, scale, mask = self._observed
-        self._observed = (None, None, None)
-        with self._timed("statistics"):
-            self._accumulate(self.capture.take(count, scale, mask))
-
-    def _take_sampled(
-        self, outputs: Tensor, loss: OutputDistribution, terms: float, mask: Tensor | None, sample_index: Tensor | None
-    ) -> None:
-        pairs = self.capture.edges()
-        edges = [use.edge for _, use in pairs if use.edge is not None]
-        if not edges:
-            return
-        if self._fisher == "sampled":
-            seeds = loss.sample_gradient(outputs.detach(), self._label_source(outputs, sample_index))
-        else:
-            seeds = loss.root(outputs.detach())
-        if mask is not None:
-            seeds = seeds * _aligned(mask, seeds, outputs)
-        gradients = torch.autograd.grad(
-            outputs,
-            edges,
-            grad_outputs=seeds,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=self._fisher == "exact",
-        )
-        by_use = {use: gradient for (_, use), gradient in zip(pairs, gradients, strict=True)}
-        batches = self.capture.take_gradients(by_use, count=terms, draws=self._fisher == "exact", mask=mask)
-        self._accumulate(batches)
-
-    def _label_source(self, outputs: Tensor, sample_index: Tensor | None) -> Callable[[tuple[int, ...]], Tensor]:
-        rows = outputs.shape[0]
-        if sample_index is None:
-            sample_index = torch.arange(self._sampled, self._sampled + rows) * self._comm.size + self._comm.rank
-            self._sampled += rows
-        per_sample = rows // len(sample_index) if len(sample_index) else 1  # tokens of a flattened sequence
-
-        def draw(shape: tuple[int, ...]) -> Tensor:
-            numbers = uniform((per_sample, *shape), sample_index, self._seed, self.steps)
-            return numbers.reshape(rows, *shape).to(outputs.device)
-
-        return draw
-
-    def _accumulate(self, batches: Mapping[str, LayerBatch]) -> None:
-        """Statistics of one micro-batch, merged with those of the earlier ones of this step."""
-        for name, batch in batches.items():
-            if batch.count <= 0:
-                continue
-            fresh = self.method.statistics(batch, self.states[name].view(), self._problem.shapes[name])
-            if not all(bool(torch.isfinite(tensor.sum())) for tensor in fresh.values()):
-                continue  # an overflown micro-batch, as a gradient scaler meets now and then
-            if name in self._fresh:
-                merged, count = self._fresh[name]
-                self.method.fold(merged, fresh, count / (count + batch.count))
-                self._fresh[name] = (merged, count + batch.count)
-            else:
-                self._fresh[name] = (fresh, batch.count)
-
-    def _fold(self) -> None:
-        for name, state in self.states.items():
-            fresh, count = self._fresh.get(name, ({}, 0.0))
-            old = self.method.decay * state.weight
-            new = old + (1.0 - self.method.decay if state.weight > 0 else 1.0) * count
-            if count > 0:
-                self.method.fold(state.running, fresh, old / new)
-            state.weight = new
-        self._fresh = {}
-
-    # Small helpers
+    def _start_step(self) -> None:
+        self._collector.start(self.steps, armed=self._statistics_due)
 
     def _learning_rates(self) -> dict[str, float]:
         if self._optimizer is None:
@@ -433,13 +342,3 @@ class Preconditioner:
             yield
         finally:
             self.timings[phase] += time.perf_counter() - start
-
-
-def _aligned(mask: Tensor, seeds: Tensor, outputs: Tensor) -> Tensor:
-    """The mask of valid positions [N, ...] in a shape that multiplies derivatives ([K,] *outputs.shape)."""
-    extra = outputs.dim() - mask.dim()
-    if mask.shape == outputs.shape:
-        return mask.to(seeds.dtype)
-    # Class axis 1 as in cross-entropy of [N, C, ...], else trailing axes.
-    shaped = mask.unsqueeze(1) if extra == 1 and mask.shape[1:] == outputs.shape[2:] else mask[(..., *[None] * extra)]
-    return shaped.to(seeds.dtype)

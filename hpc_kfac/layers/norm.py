@@ -7,6 +7,7 @@ the exact Fisher block of the channel (unit-wise natural gradient, Osawa et al. 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar
@@ -83,17 +84,17 @@ class NormLayer(CapturedLayer):
     def batch(self, uses: Sequence[Use], count: float, reading: Reading = Reading()) -> NormBatch:  # noqa: B008
         return NormBatch(self, uses, count, reading)
 
+    @abstractmethod
     def normalised(self, x: Tensor, use: Use) -> Tensor:
         """xhat, in the layout and dtype of x; ``use.inputs`` has the original dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def channels_last(self, tensor: Tensor, dims: int) -> Tensor:
         """A tensor with ``dims`` leading draws, in the module's layout behind them, as [..., samples, positions, p]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leading(self, use: Use) -> torch.Size:
         """The leading dimensions of an input, for masks."""
-        raise NotImplementedError
 
     def sample_gradients(self, use: Use, reading: Reading) -> Tensor:
         """Unscaled per-sample gradients of one use [draws, samples, p, a]."""
