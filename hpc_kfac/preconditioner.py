@@ -87,7 +87,7 @@ class Preconditioner:
             raise ValueError(f"the model has no layer that can be captured. {self.capture.summary()}")
         self.states = {name: LayerState() for name in self.capture.layers}
         self._device = next(model.parameters()).device
-        self._optimizer = optimizer
+        self._model, self._optimizer = model, optimizer
         self._max_skipped = max_skipped
         self._skipped_in_row = 0
         self._overdue = False  # the last step should have refreshed but its batch was no good
@@ -98,6 +98,7 @@ class Preconditioner:
         )
         self._plans: dict[tuple[bool, bool, int], tuple[Operation, ...]] = {}
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
+        self._before_left_out: list[tuple[Tensor, Tensor, Tensor]] = []
         self._collector = Collector(
             self.capture, self.method, self._problem.shapes, self.states, fisher, seed, self._comm.rank, self._comm.size
         )
@@ -190,7 +191,9 @@ class Preconditioner:
             if state.weight > 0:
                 change += 0.5 * self.method.quadratic(delta, state.view(), self._problem.shapes[name])
             model += change.double().cpu()
-        self._before = {}
+        for weight, before, slope in self._before_left_out:  # without curvature
+            model += ((weight - before) * slope).sum().double().cpu()
+        self._before, self._before_left_out = {}, []
         totals = torch.tensor([evaluate() - loss, float(model)], dtype=torch.float64)
         if self._comm.size > 1:
             self._comm.allreduce(totals, "damping").wait()
@@ -301,6 +304,12 @@ class Preconditioner:
         for name, layer in self.capture.layers.items():
             weights = layer.matrix([p.detach() for p in layer.parameters]).clone()
             self._before[name] = (weights.to(self.precision.wire), layer.gradient().clone())
+        captured = {id(p) for layer in self.capture.layers.values() for p in layer.parameters}
+        self._before_left_out = [
+            (p.detach(), p.detach().clone(), p.grad.clone())
+            for p in self._model.parameters()
+            if p.grad is not None and id(p) not in captured
+        ]
 
     def _count_skipped(self, applied: bool) -> None:
         if applied:

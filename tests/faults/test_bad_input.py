@@ -16,7 +16,7 @@ from hpc_kfac import cli
 from support import ROOT, Result, run_mpi
 
 DIGITS = str(ROOT / "jobs" / "runs" / "digits.yaml")
-PROMPT = 30.0  # seconds for a whole job, most of it spent importing torch on a busy machine
+PROMPT = 60.0  # seconds for a whole job; three ranks that share one busy core import torch for half a minute
 QUICK = ["--max_steps", "3", "--epochs", "1", "--progress", "lines"]
 
 

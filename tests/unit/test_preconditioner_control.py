@@ -185,6 +185,19 @@ def test_levenberg_marquardt_counts_the_damping_term() -> None:
     assert damping.ratios == pytest.approx([-1.5 / predicted.item()])
 
 
+def test_levenberg_marquardt_expects_what_parameters_left_to_the_optimizer_contribute() -> None:
+    """Only such a parameter moves, a little: its gradient predicts the change of the loss."""
+    damping, (x, y) = Recorded(1.0, interval=1), batch()
+    model = net()
+    preconditioner = preconditioner_of(model, skip=["4"], method=hk.KFAC(damping=damping))
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    preconditioner.step()
+    torch.optim.SGD(model[4].parameters(), lr=1e-4).step()
+    preconditioner.adapt_damping(lambda: F.cross_entropy(model(x), y).item(), loss.item())
+    assert damping.ratios == pytest.approx([1.0], abs=1e-2)
+
+
 def matrix_of(model: nn.Module) -> Tensor:
     return torch.cat([model[0].weight, model[0].bias[:, None]], dim=1).detach()
 
