@@ -148,7 +148,7 @@ class Executor:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = next(model.parameters()).device
         self._handlers = {
-            "fold": lambda _: self._inputs.fold(),
+            "fold": self._fold,
             "reduce": self._reduce,
             "gather": self._gather,
             "refresh": self._refresh,
@@ -167,7 +167,7 @@ class Executor:
         self._inputs = inputs
         self._updates: dict[str, Tensor] = {}  # to be shared
         self._products: dict[str, Tensor] = {}
-        self._refreshed, self._failures = 0, 0
+        self._folded, self._refreshed, self._failures = False, 0, 0
         flying: list[Callable[[], None]] = []
         kind: str | None = None
         for operation in plan:
@@ -191,6 +191,10 @@ class Executor:
         if kind is not None:
             self._timings[PHASES[kind]] += now - start
         return now
+
+    def _fold(self, operation: Operation) -> None:
+        self._inputs.fold()
+        self._folded = True
 
     def _reduce(self, operation: Operation) -> Callable[[], None]:
         """Mean over ranks of the running averages, weighted by the loss terms that they stand for."""
@@ -239,7 +243,7 @@ class Executor:
             self._failures += 1
             return
         state = self._states[name]
-        for spec in self._problem.method.state(self._problem.shapes[name]):
+        for spec in self._problem.specs[name]:
             if spec.name in result:
                 target = state.running if spec.role == "running" else state.solved
                 target[spec.name] = result[spec.name].to(self._problem.precision.stored(spec)).contiguous()
@@ -263,7 +267,7 @@ class Executor:
         view = self._states[name].view()
         return all(
             spec.name in view
-            for spec in self._problem.method.state(self._problem.shapes[name])
+            for spec in self._problem.specs[name]
             if spec.role == "running" and spec.reduce_at == "refresh"
         )
 
@@ -291,11 +295,7 @@ class Executor:
 
     def _receive(self, operation: Operation, message: Message) -> None:
         renewed = {slot.layer for slot in message if slot.name == SOLVED and message.view(slot).item() > 0}
-        roles = {
-            (name, spec.name): spec.role
-            for name in operation.layers
-            for spec in self._problem.method.state(self._problem.shapes[name])
-        }
+        roles = {(name, spec.name): spec.role for name in operation.layers for spec in self._problem.specs[name]}
         for slot in message:
             if slot.name == SOLVED or slot.layer not in renewed:
                 continue
@@ -324,7 +324,7 @@ class Executor:
         view = self._states[name].view()
         return all(
             spec.name in view
-            for spec in self._problem.method.state(self._problem.shapes[name])
+            for spec in self._problem.specs[name]
             if spec.role == "solved" or spec.reduce_at == "statistics" or spec.reduce == "gather"
         )
 
@@ -357,8 +357,9 @@ class Executor:
         owned = [name for name in names if name in self._products]
         values = torch.stack([self._products[name] for name in owned]).double().cpu() if owned else torch.zeros(0, 3)
         products = dict(zip(owned, values.tolist(), strict=True))
-        clip = self._control_rule if isinstance(self._control_rule, KLClip) else KLClip()
-        quadratic = sum(clip.weight(inputs.learning_rates[name]) * product[0] for name, product in products.items())
+        clip = self._control_rule if isinstance(self._control_rule, KLClip) else None
+        rates = {name: 1.0 if clip is None else clip.weight(inputs.learning_rates[name]) for name in products}
+        quadratic = sum(rates[name] * product[0] for name, product in products.items())
         bad = float(not (math.isfinite(quadratic) and self._finite()))
         totals = [
             quadratic if not bad else 0.0,
@@ -373,7 +374,7 @@ class Executor:
         if self._comm.size > 1:
             self._comm.allreduce(vector, "control").wait()
         totals = vector.tolist()
-        scale = self._control_rule.scale(totals[0]) if isinstance(self._control_rule, KLClip) else 1.0
+        scale = 1.0 if clip is None else clip.scale(totals[0])
         if scale != 1.0:
             parameters = (p for layer in self._layers.values() for p in layer.parameters)
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
@@ -382,7 +383,7 @@ class Executor:
             applied=totals[1] == 0,
             kl_scale=scale,
             damping=inputs.damping,
-            statistics=False,
+            statistics=self._folded,
             refreshed=int(totals[2]),
             failures=int(totals[3]),
             scalars=dict(zip(inputs.scalars, totals[4:first_log], strict=True)),

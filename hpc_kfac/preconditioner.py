@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,6 +21,7 @@ from hpc_kfac.methods.method import Method
 from hpc_kfac.schedule import Schedule
 from hpc_kfac.step_control import KLClip, StepControl
 from hpc_kfac.step_plan import Operation, Precision, Problem
+from hpc_kfac.timing import timed
 
 
 class TrainingDiverged(RuntimeError):
@@ -136,7 +134,7 @@ class Preconditioner:
         """
         if not self.capture.armed:
             return
-        with self._timed("statistics"):
+        with timed(self.timings, "statistics"):
             self._collector.observe(outputs, loss or CrossEntropy(), count, mask, loss_scale, sample_index)
 
     def step(self, scalars: Mapping[str, float] | None = None, log: bool = False) -> StepReport:
@@ -154,14 +152,14 @@ class Preconditioner:
         """
         statistics, refresh = self._statistics_due, self._refresh_due
         if statistics:
-            with self._timed("statistics"):
+            with timed(self.timings, "statistics"):
                 self._collector.take()
         inputs = StepInputs(
             self.steps, self.damping.at(self.steps), self._learning_rates(), scalars or {}, log, self._collector.fold
         )
         self._remember_before_step()
         plan = self._plan(statistics, refresh, self._executor.scalars_needed(inputs.scalars, log))
-        report = replace(self._executor.run(plan, inputs), statistics=statistics)
+        report = self._executor.run(plan, inputs)
         self._count_skipped(report.applied)
         self._overdue = refresh and not report.applied
         self.failures += report.failures
@@ -212,9 +210,9 @@ class Preconditioner:
     def memory(self) -> dict[str, dict[str, int]]:
         """Bytes of curvature state that this rank holds after a refresh: layer -> role -> bytes."""
         table: dict[str, dict[str, int]] = {}
-        for name, shape in self._problem.shapes.items():
+        for name in self._problem.shapes:
             table[name] = {"running": 0, "solved": 0}
-            for spec in self.method.state(shape):
+            for spec in self._problem.specs[name]:
                 itemsize = self.precision.stored(spec).itemsize
                 size = math.prod(spec.full_shape(self._comm.size)) * itemsize
                 if spec.role == "running":
@@ -326,7 +324,7 @@ class Preconditioner:
             )
 
     def _check_tensors(self, name: str, saved: Mapping[str, Any]) -> None:
-        specs = {spec.name: spec for spec in self.method.state(self._problem.shapes[name])}
+        specs = {spec.name: spec for spec in self._problem.specs[name]}
         for role in ("running", "solved"):
             for key, tensor in saved[role].items():
                 if key not in specs:
@@ -343,11 +341,3 @@ class Preconditioner:
 
     def _own(self, tensor: Tensor) -> Tensor:
         return tensor.detach().clone().to(self._device)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timings[phase] += time.perf_counter() - start

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -124,8 +125,10 @@ class Problem:
     def _layers(self) -> tuple[str, ...]:
         return tuple(self.shapes)
 
-    def _specs(self, layer: str) -> tuple[StateSpec, ...]:
-        return self.method.state(self.shapes[layer])
+    @cached_property
+    def specs(self) -> dict[str, tuple[StateSpec, ...]]:
+        """The state table of every layer."""
+        return {layer: self.method.state(shape) for layer, shape in self.shapes.items()}
 
     def _fold(self) -> Operation:
         flops = sum(self.method.cost(self.shapes[layer]).statistics for layer in self._layers)
@@ -139,7 +142,7 @@ class Problem:
         for layer in self._layers:
             slots = [
                 Slot(layer, spec.name, spec.shape, self.precision.wire, spec.symmetric)
-                for spec in self._specs(layer)
+                for spec in self.specs[layer]
                 if spec.role == "running" and spec.reduce == "mean" and spec.reduce_at == when
             ]
             if slots:
@@ -149,14 +152,14 @@ class Problem:
 
     def _gather(self) -> Iterator[Operation]:
         for layer in self._layers:
-            for spec in self._specs(layer):
+            for spec in self.specs[layer]:
                 if spec.reduce == "gather":
                     slot = Slot(layer, spec.name, spec.shape, self.precision.factors)
                     yield self._message("gather", [slot], self._all)
 
     def _refresh(self) -> Iterator[Operation]:
         for layer in self._layers:
-            if any(spec.role == "solved" for spec in self._specs(layer)):
+            if any(spec.role == "solved" for spec in self.specs[layer]):
                 owner = self.assignment.owner[layer]
                 flops = self.method.cost(self.shapes[layer]).refresh
                 yield Operation("refresh", (layer,), range(owner, owner + 1), root=owner, flops=flops)
@@ -177,7 +180,7 @@ class Problem:
                     )
                     for layer in self._layers
                     if self.assignment.owner[layer] == owner
-                    for spec in self._specs(layer)
+                    for spec in self.specs[layer]
                     if _refreshed(spec) and (spec.lives == "all" or spec.rebased) == everybody
                 ]
                 if slots:

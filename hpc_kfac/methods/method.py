@@ -110,14 +110,6 @@ class Method(ABC):
     def cost(self, shape: LayerShape) -> Cost:
         """Floating-point operations, from closed formulas."""
 
-    def running_names(self, shape: LayerShape) -> tuple[str, ...]:
-        """Names of the running tensors, in the table's order."""
-        return tuple(spec.name for spec in self.state(shape) if spec.role == "running")
-
-    def solved_names(self, shape: LayerShape) -> tuple[str, ...]:
-        """Names of the solved tensors, in the table's order."""
-        return tuple(spec.name for spec in self.state(shape) if spec.role == "solved")
-
     def _check(self) -> None:
         """Checks the settings that all methods share; called at the end of construction."""
         if not isinstance(self.damping, Damping):

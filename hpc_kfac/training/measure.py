@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from hpc_kfac import StepReport
+from hpc_kfac.timing import timed
 from hpc_kfac.training.launch import Ranks
 
 NO_OP_COSINE = 0.95
@@ -29,19 +29,14 @@ class Sums(defaultdict[str, float]):
 
 
 class Clock:
-    """Seconds by phase. On a GPU these are the host's, which runs ahead of it."""
+    """Seconds by phase."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> AbstractContextManager[None]:
         """Adds the time spent in the block."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
+        return timed(self.seconds, name)
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call."""

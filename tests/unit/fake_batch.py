@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpc_kfac.layers.batch import LayerShape
 from hpc_kfac.linalg.structure import Structure
+from hpc_kfac.methods.method import Method
 
 
 class FakeBatch:
@@ -65,3 +67,8 @@ def correlated_batch(p: int, samples: int, positions: int, o: int, a: int, seed:
     g = normal(p, samples, positions, o) @ normal(p, 1, o, o)
     g = g * x.square().mean(-1, keepdim=True).sqrt() + torch.tanh(x[..., :1])
     return FakeBatch(x, g)
+
+
+def names(method: Method, shape: LayerShape, role: str) -> tuple[str, ...]:
+    """Names of a layer's running or solved tensors."""
+    return tuple(spec.name for spec in method.state(shape) if spec.role == role)

@@ -13,7 +13,7 @@ from torch import Tensor
 from hpc_kfac.layers.batch import LayerShape
 from hpc_kfac.linalg.structure import Blocks, Dense, Diagonal, Identity, SpatiallyUncorrelated
 from hpc_kfac.methods import KFAC, State
-from unit.fake_batch import FakeBatch, correlated_batch
+from unit.fake_batch import FakeBatch, correlated_batch, names
 
 SHAPE = LayerShape(2, 5, 4, bias=True)
 CONV = LayerShape(2, 7, 4, kernel=3, bias=True)
@@ -151,7 +151,7 @@ def test_refresh_is_repeatable_and_reads_only(settings_: dict) -> None:
     _, state = prepared(method, SHAPE, 0.1)
     before = {name: value.clone() for name, value in state.items()}
     first, second = method.refresh(state, SHAPE, 0.1), method.refresh(state, SHAPE, 0.1)
-    assert set(first) == set(method.solved_names(SHAPE))
+    assert set(first) == set(names(method, SHAPE, "solved"))
     for name, value in first.items():
         assert torch.equal(value, second[name])
     for name, value in before.items():

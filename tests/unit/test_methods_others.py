@@ -9,7 +9,7 @@ from torch import Tensor
 from hpc_kfac.layers.batch import LayerShape
 from hpc_kfac.linalg.structure import Diagonal, Identity
 from hpc_kfac.methods import EKFAC, KFAC, Eva, Method, SampleMatrix, State
-from unit.fake_batch import FakeBatch, correlated_batch
+from unit.fake_batch import FakeBatch, correlated_batch, names
 
 SHAPE = LayerShape(2, 5, 4, bias=True)
 CONV = LayerShape(2, 7, 4, kernel=3, bias=True)
@@ -114,7 +114,7 @@ def test_refresh_is_repeatable_and_reads_only(method: Method) -> None:
     before = {name: value.clone() for name, value in state.items()}
     first, second = method.refresh(state, SHAPE, 0.1), method.refresh(state, SHAPE, 0.1)
     rebased = {spec.name for spec in method.state(SHAPE) if spec.rebased}
-    assert set(first) == set(method.solved_names(SHAPE)) | rebased
+    assert set(first) == set(names(method, SHAPE, "solved")) | rebased
     for name, value in first.items():
         assert torch.equal(value, second[name])
         assert all(value.data_ptr() != other.data_ptr() for other in state.values())
@@ -133,7 +133,7 @@ def test_state_table_is_what_the_functions_make(method: Method, shape: LayerShap
 
 @EACH
 def test_non_finite_running_tensor_is_an_error(method: Method) -> None:
-    for name in method.running_names(SHAPE):
+    for name in names(method, SHAPE, "running"):
         if name in ("second_moment", "valid"):
             continue
         _, state = settled(method, SHAPE)
@@ -145,7 +145,7 @@ def test_non_finite_running_tensor_is_an_error(method: Method) -> None:
 @EACH
 def test_zero_statistics_leave_plain_damping(method: Method) -> None:
     batch, state = settled(method, SHAPE)
-    for name in method.running_names(SHAPE):
+    for name in names(method, SHAPE, "running"):
         state[name].zero_()
     state.update(method.refresh(state, SHAPE, DAMPING))
     update = method.precondition(batch.gradient(), state, SHAPE, DAMPING)
