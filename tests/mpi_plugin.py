@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest._code.code import ReprFileLocation, TerminalRepr
+from _pytest._io import TerminalWriter
 
 import support
 
@@ -191,6 +193,17 @@ class RankFailure(Exception):
     """A test failed under mpirun; the text is what its rank said."""
 
 
+class RankText(TerminalRepr):
+    """What a rank said. Only its first line goes into pytest's summary, which shows a plain string whole on CI."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.reprcrash = ReprFileLocation("", 0, text.splitlines()[0])
+
+    def toterminal(self, tw: TerminalWriter) -> None:
+        tw.line(self.text)
+
+
 class RankItem(pytest.Item):
     """Stands outside MPI for a test that runs under mpirun, with the same name, place and marks."""
 
@@ -210,7 +223,7 @@ class RankItem(pytest.Item):
             raise RankFailure(outcome.text)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        return str(excinfo.value) if isinstance(excinfo.value, RankFailure) else super().repr_failure(excinfo)
+        return RankText(str(excinfo.value)) if isinstance(excinfo.value, RankFailure) else super().repr_failure(excinfo)
 
     def reportinfo(self) -> tuple[os.PathLike[str] | str, int | None, str]:
         return self.original.reportinfo()

@@ -137,9 +137,7 @@ def test_quadratic_is_the_dense_form_and_closes_the_identity(variant: str, shape
     a, g = dense_factors(method, state, shape)
     gradient = batch.gradient()
     update = method.precondition(gradient, state, shape, damping)
-    expected = sum(
-        u.reshape(-1) @ torch.kron(g[i], a[i]) @ u.reshape(-1) for i, u in enumerate(update)
-    )
+    expected = sum(u.reshape(-1) @ torch.kron(g[i], a[i]) @ u.reshape(-1) for i, u in enumerate(update))
     quadratic = method.quadratic(update, state, shape)
     torch.testing.assert_close(quadratic, torch.as_tensor(expected))
     torch.testing.assert_close((update * gradient).sum(), quadratic + damping * update.square().sum())
