@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpc_kfac.collector import Collector, FisherSource
 from hpc_kfac.damping import LevenbergMarquardt, as_damping
-from hpc_kfac.distributed import Kaisa, communicator
+from hpc_kfac.distributed import Kaisa, UnitCost, communicator
 from hpc_kfac.execution import Executor, LayerState, StepInputs, StepReport
 from hpc_kfac.fisher import CrossEntropy, OutputDistribution
 from hpc_kfac.layers import Capture
@@ -104,7 +104,7 @@ class Preconditioner:
 
     def _make_problem(self, placement: Kaisa) -> Problem:
         shapes = {name: layer.shape for name, layer in self.capture.layers.items()}
-        costs = {name: self.method.cost(shape).refresh for name, shape in shapes.items()}
+        costs = {(name, ""): UnitCost(self.method.cost(shape).refresh) for name, shape in shapes.items()}
         return Problem(shapes, self.method, placement.assign(costs, self._comm.size), self.precision)
 
     # What the user calls

@@ -7,14 +7,17 @@ from hpc_kfac.distributed.communicator import (
     TorchCommunicator,
     communicator,
 )
-from hpc_kfac.distributed.placement import Assignment, Kaisa
+from hpc_kfac.distributed.placement import Assignment, Kaisa, Rates, Unit, UnitCost
 
 __all__ = [
     "Assignment",
     "Communicator",
     "Kaisa",
     "MPICommunicator",
+    "Rates",
     "SerialCommunicator",
     "TorchCommunicator",
+    "Unit",
+    "UnitCost",
     "communicator",
 ]
