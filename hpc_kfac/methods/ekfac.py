@@ -57,7 +57,7 @@ class EKFAC(Kronecker):
             fresh["second_moment"] = batch.projected_square(g_basis, a_basis, g_structure, a_structure)
         return fresh
 
-    def refresh(self, state: State, shape: LayerShape, damping: float) -> State:
+    def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         solved = self.decompose(state, shape)
         a_values, g_values = (solved.pop(f"{name}_values", None) for name in ("A", "G"))
         moment = self._rebase(state, solved, shape) if "second_moment" in state else eigenvalue_grid(a_values, g_values)
@@ -88,7 +88,7 @@ class EKFAC(Kronecker):
         elementwise = 2.0 * shape.parameters
         return Cost(
             self.statistics_flops(shape) + elementwise,
-            self.refresh_flops(shape, EIGH + 2.0) + products,
+            self.solve_flops(shape, EIGH + 2.0) + products,
             2 * products + elementwise,
         )
 

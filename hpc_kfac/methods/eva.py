@@ -49,7 +49,7 @@ class Eva(Method):
         a_mean, g_mean = batch.means()
         return {"a_mean": a_mean, "g_mean": g_mean}
 
-    def refresh(self, state: State, shape: LayerShape, damping: float) -> State:
+    def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         for name in ("a_mean", "g_mean"):
             require_finite(state[name], name)
         return {}

@@ -58,6 +58,13 @@ class KFAC(Kronecker):
         return self.solver == "eigen" and self.power == 1.0
 
     @property
+    def _solve_factor(self) -> float:
+        """Flops of a decomposition in units of n^3."""
+        if self._exact:
+            return EIGH
+        return INVERSE if self.power == 1.0 else EIGH + COMPOSE
+
+    @property
     def _solved_name(self) -> str:
         return "inverse" if self.power == 1.0 else "root"
 
@@ -65,7 +72,9 @@ class KFAC(Kronecker):
         specs = self.factor_specs(shape)
         if self._exact:
             specs += self.basis_specs(shape, lives="workers")
-            specs += [StateSpec(f"{name}_values", (shape.blocks, d), "solved") for name, _, d in self.sides(shape)]
+            specs += [
+                StateSpec(f"{name}_values", (shape.blocks, d), "solved", part=name) for name, _, d in self.sides(shape)
+            ]
         else:
             specs += [
                 StateSpec(
@@ -74,17 +83,29 @@ class KFAC(Kronecker):
                     "solved",
                     symmetric=structure.symmetric,
                     operand=True,
+                    part=name,
                 )
                 for name, structure, d in self.sides(shape)
             ]
         return tuple(specs)
 
-    def refresh(self, state: State, shape: LayerShape, damping: float) -> State:
+    def parts(self, shape: LayerShape) -> tuple[str, ...]:
+        return tuple(name for name, _, _ in self.sides(shape))
+
+    def part_of(self, side: str) -> str:
+        return side
+
+    def refresh_flops(self, shape: LayerShape, part: str) -> float:
+        return self.solve_flops(shape, self._solve_factor, part)
+
+    def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         if self._exact:
-            return self.decompose(state, shape)
+            return self.decompose(state, shape, part)
         dampings = self._split_damping(state, shape, damping)
         result = {}
         for name, structure, _ in self.sides(shape):
+            if part is not None and part != name:
+                continue
             solve = structure.inverse if self.power == 1.0 else structure.inverse_root
             result[f"{name}_{self._solved_name}"] = solve(state[name], dampings[name])
         return result
@@ -141,10 +162,9 @@ class KFAC(Kronecker):
         """Flops of dense factors: statistics 2 (a^2 + o^2) for a row, eigh 9 n^3, Cholesky inverse n^3, root 11 n^3,
         gradient 4 a o (a + o) with the eigen solver and half of that with one matrix a side."""
         elementwise = 3.0 * shape.parameters
+        refresh = self.solve_flops(shape, self._solve_factor)
         if self._exact:
-            refresh = self.refresh_flops(shape, EIGH)
             precondition = 2 * self.product_flops(shape, rotations_only=True) + elementwise
         else:
-            refresh = self.refresh_flops(shape, INVERSE if self.power == 1.0 else EIGH + COMPOSE)
             precondition = self.product_flops(shape, rotations_only=False)
         return Cost(self.statistics_flops(shape), refresh, precondition)

@@ -90,7 +90,7 @@ class Kronecker(Method):
     def basis_specs(self, shape: LayerShape, lives: Literal["all", "workers"]) -> list[StateSpec]:
         bases = [(name, structure.basis_shape(shape.blocks, d)) for name, structure, d in self.sides(shape)]
         return [
-            StateSpec(f"{name}_basis", basis, "solved", lives=lives, operand=True)
+            StateSpec(f"{name}_basis", basis, "solved", lives=lives, operand=True, part=self.part_of(name))
             for name, basis in bases
             if basis is not None
         ]
@@ -104,10 +104,16 @@ class Kronecker(Method):
             fresh["G"] = batch.output_moment(g_structure)
         return fresh
 
-    def decompose(self, state: State, shape: LayerShape) -> State:
+    def part_of(self, side: str) -> str:
+        """The part of a refresh that makes what is solved of a side."""
+        return ""
+
+    def decompose(self, state: State, shape: LayerShape, part: str | None = None) -> State:
         """Eigenvalues and bases by name; no basis where the factor is diagonal already."""
         result = {}
         for name, structure, d in self.sides(shape):
+            if part is not None and part != self.part_of(name):
+                continue
             result[f"{name}_values"], basis = structure.eigh(state[name], d)
             if basis is not None:
                 result[f"{name}_basis"] = basis
@@ -138,8 +144,9 @@ class Kronecker(Method):
     def statistics_flops(self, shape: LayerShape) -> float:
         return 2.0 * shape.blocks * sum(structure.product_size(d) for _, structure, d in self.sides(shape))
 
-    def refresh_flops(self, shape: LayerShape, factor: float) -> float:
-        return factor * shape.blocks * sum(structure.solve_size(d) for _, structure, d in self.sides(shape))
+    def solve_flops(self, shape: LayerShape, factor: float, part: str | None = None) -> float:
+        sides = [side for side in self.sides(shape) if part is None or part == self.part_of(side[0])]
+        return factor * shape.blocks * sum(structure.solve_size(d) for _, structure, d in sides)
 
     def product_flops(self, shape: LayerShape, rotations_only: bool) -> float:
         """One product with each side: 2 a o (a + o) where both are dense."""

@@ -31,6 +31,7 @@ class StateSpec:
         rebased: a running tensor that refresh rewrites; it is broadcast with the solved ones.
         operand: multiplied with gradients in the application dtype; the others keep the solve dtype.
         rank_axes: axes that are longer by the number of ranks once rows have been gathered.
+        part: solved only: which of `Method.parts` makes it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class StateSpec:
     rebased: bool = False
     operand: bool = False
     rank_axes: tuple[int, ...] = ()
+    part: str = ""
 
     def full_shape(self, ranks: int) -> tuple[int, ...]:
         """Shape when this many ranks have contributed."""
@@ -90,9 +92,23 @@ class Method(ABC):
             else:
                 state[name] = value
 
+    def parts(self, shape: LayerShape) -> tuple[str, ...]:
+        """What of a layer can be decomposed apart, by different ranks; by default the layer is one part."""
+        return ("",)
+
+    def refresh_flops(self, shape: LayerShape, part: str) -> float:
+        """Flops of one part's refresh."""
+        return self.cost(shape).refresh / len(self.parts(shape))
+
     @abstractmethod
-    def refresh(self, state: State, shape: LayerShape, damping: float) -> State:
+    def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         """The solved tensors and the re-based running ones, all new; the given state is not changed.
+
+        Args:
+            state: the running tensors, and the solved ones as far as there are any.
+            shape: of the layer.
+            damping: of this refresh.
+            part: only what belongs to this part; None for all.
 
         Raises:
             torch.linalg.LinAlgError: a factor is not finite or cannot be decomposed.

@@ -68,7 +68,7 @@ class SampleMatrix(Method):
         """Replaces the rows."""
         state.update(fresh)
 
-    def refresh(self, state: State, shape: LayerShape, damping: float) -> State:
+    def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         inputs = state["X"].clone()
         outputs = state["R"] / _samples(state).sqrt()
         kernel = multiply(inputs, inputs.mT) * multiply(outputs, outputs.mT)
