@@ -74,16 +74,10 @@ class ConvBatch(PositionBatch):
         return structure.from_dense(self._dense(part))
 
     def output_moment(self, structure: Structure) -> Tensor:
-        part = self.groups[0][0]
-        if self.reduce or not isinstance(structure, Dense) or self.shape.outputs > part.positions:
+        if self.reduce or not isinstance(structure, Dense):
             return super().output_moment(structure)
-        # A product for each sample spares a transposed copy, as long as it is smaller than the sample itself.
-        total: Tensor | float = 0.0
-        for part in self._parts():
-            g = part.g.to(self.dtype).reshape(-1, self.shape.outputs, part.positions)
-            product = torch.bmm(g, g.mT)
-            total = total + product.view(-1, self.shape.blocks, *product.shape[1:]).sum(0)
-        return torch.as_tensor(total) * (self.scale**2 / self.count)
+        moments = [self._channel_moment(part.g.to(self.dtype).flatten(0, 1)) for part in self._parts()]
+        return torch.stack(moments).sum(0) * (self.scale**2 / self.count)
 
     def input_sum(self, part: Part) -> Tensor:
         return self._with_bias(self._window_sums(self._padded(part.x).sum(0)), part)
@@ -116,18 +110,52 @@ class ConvBatch(PositionBatch):
 
     def _dense(self, part: Part) -> Tensor:
         """Sum of x x^T over samples and positions [p, a, a]."""
-        module = self.module
-        before, after = zip(*_padding(module), strict=True)
-        plain = module.groups == 1 and len(self.kernel) <= 2 and module.padding_mode == "zeros" and before == after
-        plain = plain and {*self.stride, *self.dilation} == {1}
-        if not plain or not patch_free_is_cheaper(part.x.shape, self.kernel, before):
-            return super().input_gram(part, Dense())
-        moment = patch_free_moment(part.x.to(self.dtype), self.kernel, before).unsqueeze(0)
+        if set(self.kernel) == {1}:
+            every = tuple(slice(None, None, step) for step in self.stride)
+            moment = self._channel_moment(self._padded(part.x)[(..., *every)])
+        else:
+            moment = self._kernel_moment(part)
         if not self.shape.bias:
             return moment
         moment = F.pad(moment, (0, 1, 0, 1))
         moment[:, -1, :] = moment[:, :, -1] = self.input_sum(part)
         return moment
+
+    def _kernel_moment(self, part: Part) -> Tensor:
+        """The moment of the patches without a bias, by way of the spectrum where that is cheaper."""
+        p = self.shape.blocks
+        padding = tuple(_padding(self.module))
+        if self.module.padding_mode != "zeros":
+            padding = ((0, 0),) * len(padding)
+        x = part.x.to(self.dtype) if self.module.padding_mode == "zeros" else self._padded(part.x)
+        geometry = self.kernel, padding, self.stride, self.dilation
+        shape = (x.shape[0], x.shape[1] // p, *x.shape[2:])
+        exact = self.dtype in (torch.float32, torch.float64)
+        if exact and patch_free_is_cheaper(shape, *geometry):
+            return torch.stack([patch_free_moment(group, *geometry) for group in x.chunk(p, dim=1)])
+        total: Tensor | float = 0.0
+        for which in self._input_chunks(part):
+            total = total + Dense().gram(self._pixel_rows(self._padded(part.x[which])))
+        split = torch.as_tensor(total).unflatten(2, (-1, shape[1])).unflatten(1, (-1, shape[1]))
+        return split.permute(0, 2, 1, 4, 3).reshape(p, self.shape.inputs - self.shape.bias, -1)
+
+    def _pixel_rows(self, padded: Tensor) -> Tensor:
+        """Patches as rows [p, n * T, kernel positions * C]: channels last, so that whole pixels are copied."""
+        dims, p = len(self.kernel), self.shape.blocks
+        channels = padded.shape[1] // p
+        windows = self._windows(padded.movedim(1, -1).contiguous().movedim(-1, 1)).unflatten(1, (p, channels))
+        order = [1, 0, *range(3, 3 + 2 * dims), 2]
+        return windows.permute(order).reshape(p, -1, math.prod(self.kernel) * channels)
+
+    def _channel_moment(self, x: Tensor) -> Tensor:
+        """Sum over samples and positions of the channels of each group times themselves [p, c, c]."""
+        p, positions = self.shape.blocks, math.prod(x.shape[2:])
+        x = x.reshape(len(x), p, -1, positions)
+        if x.shape[2] > positions:
+            return Dense().gram(x.permute(1, 0, 3, 2).flatten(1, 2))
+        # A product for each sample spares a transposed copy, as long as it is smaller than the sample itself.
+        x = x.flatten(0, 1)
+        return torch.bmm(x, x.mT).unflatten(0, (-1, p)).sum(0)
 
     def _uncorrelated(self, part: Part) -> Tensor:
         """Sum over positions of the channel moment, averaged over kernel positions [p, C, C]."""

@@ -1,106 +1,341 @@
-"""The patch second moment of a stride-1 convolution without patches.
+"""The patch second moment of a convolution without patches, through the spectrum of its input.
 
-Apart from borders, the moment of kernel positions p and q depends on the offset q - p alone, so that (2k-1)^2 blocks of
-C x C stand for k^4 of them; half of the offsets follow from the others by symmetry. All blocks at once are the weight
-gradient of a convolution whose output gradient is x and whose input is x too. What the borders add is taken off by the
-same call on single rows and columns.
+Apart from borders, the moment of kernel positions p and q depends on the offset q - p alone: it is the autocorrelation
+of the input at that offset. The discrete Fourier transform turns all offsets at once into one C x C product for each
+frequency, several times fewer multiplications than patches or offsets take. Pairs of pixels that both lie in the image,
+while the output position that would pair them does not, are taken off again by products of single lines and points.
+
+The moment is linear in all of these products, so that one cached matrix turns them into the moment. A stride splits the
+image into phases: the moment is then part of that of a convolution with stride 1 over the phases as channels.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Measured on one AVX-512 core: one more call costs as much as this many pixels.
-CALL = 800
+# Elements of the largest spectrum: 8 MiB in float32, which stays in the last-level cache.
+CHUNK = 1 << 21
+# Largest kernel that is planned: the borders of larger ones have too many lines.
+POSITIONS = 49
+
+# Measured on one AVX-512 core in float32, nanoseconds.
+FLOP, SPECTRUM, COPY, CALL = 0.012, 3.0, 0.7, 20_000.0
+# Share of a symmetric product that is multiplied out.
+HALF = 0.65
+
+Sides = tuple[tuple[int, int], ...]
+Sizes = tuple[int, ...]
 
 
-def patch_free_moment(x: Tensor, kernel: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """Sum over samples and output positions of patch patch^T, for stride 1, dilation 1, one group and zero padding.
+@dataclass(frozen=True)
+class Line:
+    """One axis of a product that is fixed to a pixel of the left and the pixel of the right image `offset` further."""
+
+    pixel: int
+    offset: int
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Pixel of the left and of the right image; `pixel` is the lower one."""
+        return self.pixel + max(0, -self.offset), self.pixel + max(0, self.offset)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one geometry takes, for stride 1.
 
     Args:
-        x: input [N, C, W] or [N, C, H, W].
+        space: pixels of each dimension.
+        kernel: kernel size.
+        dilation: of the kernel.
+        padding: zeros before and after each dimension.
+    """
+
+    space: Sizes
+    kernel: Sizes
+    dilation: Sizes
+    padding: Sides
+
+    @cached_property
+    def circle(self) -> Sizes:
+        """Length of the transform: no offset may meet the other end of the image."""
+        reach = ((k - 1) * d for k, d in zip(self.kernel, self.dilation, strict=True))
+        least = [size + more for size, more in zip(self.space, reach, strict=True)]
+        return tuple(least if self.by_matrix else map(_smooth, least))
+
+    @property
+    def by_matrix(self) -> bool:
+        """Small images are transformed by one matrix product, which also puts frequencies first."""
+        return 2 * math.prod(self.space) * FLOP < SPECTRUM
+
+    @cached_property
+    def frequencies(self) -> int:
+        return math.prod(self.circle[:-1]) * (self.circle[-1] // 2 + 1)
+
+    @cached_property
+    def pairs(self) -> list[tuple[Sizes, Sizes]]:
+        """Kernel positions p <= q."""
+        return list(itertools.combinations_with_replacement(itertools.product(*map(range, self.kernel)), 2))
+
+    @cached_property
+    def borders(self) -> dict[tuple[int, ...], tuple[list[tuple[Line, ...]], list[Sizes], Tensor]]:
+        """By the axes that are fixed: lines, offsets of the other axes, and [pairs, lines * offsets] what to add."""
+        found: dict[tuple[int, ...], list[tuple[tuple[Line, ...], Sizes, int]]] = {}
+        for number, (p, q) in enumerate(self.pairs):
+            missing = [self._missing(axis, p[axis], q[axis]) for axis in range(len(p))]
+            offsets = [(b - a) * d for a, b, d in zip(p, q, self.dilation, strict=True)]
+            for choice in itertools.product(*([None, *lines] for lines in missing)):
+                fixed = tuple(axis for axis, line in enumerate(choice) if line is not None)
+                if fixed:
+                    lines = tuple(line for line in choice if line is not None)
+                    rest = tuple(offset for axis, offset in enumerate(offsets) if axis not in fixed)
+                    found.setdefault(fixed, []).append((lines, rest, number))
+        result = {}
+        for fixed, terms in found.items():
+            lines = list(dict.fromkeys(term[0] for term in terms))
+            rests = list(dict.fromkeys(term[1] for term in terms))
+            row = {line: i for i, line in enumerate(lines)}, {rest: i for i, rest in enumerate(rests)}
+            weights = torch.zeros(len(lines) * len(rests), len(self.pairs), dtype=torch.float64)
+            for line, rest, number in terms:
+                weights[row[0][line] * len(rests) + row[1][rest], number] = (-1.0) ** len(fixed)
+            result[fixed] = (lines, rests, weights.T.contiguous())
+        return result
+
+    def _missing(self, axis: int, p: int, q: int) -> list[Line]:
+        """Pairs of pixels along an axis that lie in the image but belong to no output position."""
+        size, kernel, dilation = self.space[axis], self.kernel[axis], self.dilation[axis]
+        before, after = self.padding[axis]
+        offset = (q - p) * dilation
+        count = max(0, size - abs(offset))
+        low = min(max(0, dilation * min(p, q) - before), count)
+        high = min(max(0, dilation * (kernel - 1 - max(p, q)) - after), count - low)
+        return [Line(pixel, offset) for pixel in (*range(low), *range(count - high, count))]
+
+    @cached_property
+    def offsets(self) -> dict[Sizes, int]:
+        """The different q - p of all pairs."""
+        steps = (tuple(b - a for a, b in zip(p, q, strict=True)) for p, q in self.pairs)
+        return {step: i for i, step in enumerate(dict.fromkeys(steps))}
+
+    @cached_property
+    def spectral(self) -> tuple[Tensor, Tensor]:
+        """[offsets, frequencies] what the even and the odd part of each frequency add at each offset."""
+        axes = [torch.arange(length, dtype=torch.float64) / length for length in self.circle]
+        axes[-1] = axes[-1][: self.circle[-1] // 2 + 1]
+        turns = torch.cartesian_prod(*axes).view(-1, len(axes))
+        offsets = torch.tensor(list(self.offsets), dtype=torch.float64) * torch.tensor(self.dilation)
+        angle = 2 * math.pi * (turns @ offsets.T)
+        # Frequencies beyond half the circle are the conjugates of those before it.
+        last = turns[:, -1:]
+        weight = (2.0 - ((last == 0) | (last == 0.5)).double()) / math.prod(self.circle)
+        return (angle.cos() * weight).T.contiguous(), (angle.sin() * weight).T.contiguous()
+
+    @cached_property
+    def pair_offsets(self) -> Tensor:
+        """[pairs] which offset each pair has."""
+        steps = [tuple(b - a for a, b in zip(p, q, strict=True)) for p, q in self.pairs]
+        return torch.tensor([self.offsets[step] for step in steps])
+
+    @cached_property
+    def transform(self) -> Tensor:
+        """[frequencies * 2, pixels] real and imaginary parts of the Fourier matrix."""
+        unit = torch.eye(math.prod(self.space), dtype=torch.float64).view(-1, *self.space)
+        dims = tuple(range(1, 1 + len(self.space)))
+        spectrum = torch.fft.rfftn(unit, s=self.circle, dim=dims)
+        return torch.view_as_real(spectrum).flatten(1).T.contiguous()
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[kernel, kernel] the pair of each (p, q); those with p > q come after all pairs, transposed."""
+        number = {pair: i for i, pair in enumerate(self.pairs)}
+        positions = list(itertools.product(*map(range, self.kernel)))
+        count = len(self.pairs)
+        return torch.tensor([[number[p, q] if p <= q else count + number[q, p] for q in positions] for p in positions])
+
+    def cost(self, samples: int, channels: int) -> float:
+        """Nanoseconds on the measured core."""
+        square = 2.0 * channels**2 * FLOP
+        points = samples * channels * math.prod(self.circle)
+        transform = points * min(2 * math.prod(self.space) * FLOP, SPECTRUM)
+        products = 3.0 * samples * self.frequencies
+        calls = 10
+        for fixed, (lines, rests, weights) in self.borders.items():
+            rest = math.prod(size for axis, size in enumerate(self.space) if axis not in fixed)
+            products += samples * len(lines) * len(rests) * rest + weights.numel()
+            calls += 5 + 2 * len(lines)
+        products += 2.0 * self.frequencies * len(self.offsets)
+        moment = (channels * math.prod(self.kernel)) ** 2 * 2 * COPY
+        return transform + products * square + moment + calls * CALL
+
+
+@lru_cache(maxsize=256)
+def plan(space: Sizes, kernel: Sizes, dilation: Sizes, padding: Sides) -> Plan:
+    """The plan of a geometry, made once."""
+    return Plan(space, kernel, dilation, padding)
+
+
+@lru_cache(maxsize=256)
+def _tables(one: Plan, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Weights of the spectrum and of the borders, offsets and places of the pairs, where they are used."""
+    spectral = [table.to(device, dtype) for table in one.spectral]
+    if one.by_matrix:
+        spectral.append(one.transform.to(device, dtype))
+    borders = [weights.to(device, dtype) for _, _, weights in one.borders.values()]
+    return spectral, borders, one.pair_offsets.to(device), one.places.to(device)
+
+
+def patch_free_moment(
+    x: Tensor, kernel: Sequence[int], padding: Sides, stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """Sum over samples and output positions of patch patch^T, for one group and zero padding.
+
+    Args:
+        x: input [N, C, *space], float32 or float64.
         kernel: kernel size for each dimension.
-        padding: zeros on both sides of each dimension.
+        padding: zeros before and after each dimension.
+        stride: for each dimension.
+        dilation: for each dimension.
 
     Returns:
         [C * k, C * k] in torch's order [C, *kernel].
     """
-    if x.dim() == 3:
-        x, kernel, padding = x.unsqueeze(2), (1, *kernel), (0, *padding)
-    ky, kx = kernel
-    channels, height, width = x.shape[1:]
-    device = x.device
-    x = x.contiguous(memory_format=torch.channels_last)
-    # Room for the offsets 0 .. ky-1 downwards and -(kx-1) .. kx-1 sideways.
-    room = F.pad(x, (kx - 1, kx - 1, 0, ky - 1))
-
-    def products(rows: slice, columns: slice) -> Tensor:
-        """[C, C, ky, 2kx-1]: sum of x[i, u] x[j, u + offset] over the pixels u of a region."""
-        left = x[:, :, rows, columns]
-        right = room[:, :, rows.start : rows.stop + ky - 1, columns.start : columns.stop + 2 * kx - 2]
-        weight = x.new_empty(channels, channels, ky, 2 * kx - 1)
-        _, moment, _ = torch.ops.aten.convolution_backward(
-            left, right, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
-        )
-        return moment
-
-    # All pairs (p, q) of kernel positions with q not above p, and the offset of each.
-    positions = torch.cartesian_prod(torch.arange(ky), torch.arange(kx)).view(-1, 2)
-    first, second = torch.cartesian_prod(torch.arange(ky * kx), torch.arange(ky * kx)).view(-1, 2).unbind(1)
-    keep = positions[second, 0] >= positions[first, 0]
-    first, second = first[keep], second[keep]
-    down, side = (positions[second] - positions[first]).unbind(1)
-    side = side + kx - 1
-
-    blocks = products(slice(0, height), slice(0, width))[:, :, down, side]
-    rows, no_row = _border(height, ky, padding[0])
-    columns, no_column = _border(width, kx, padding[1])
-    no_row, no_column = no_row[positions[first, 0]], no_column[positions[first, 1]]
-
-    def correct(pairs: Tensor, region: Tensor, sign: int) -> None:
-        index = pairs.nonzero().squeeze(1)
-        blocks[:, :, index] += sign * region[:, :, down[index], side[index]]
-
-    for r, row in enumerate(rows):
-        correct(no_row[:, r], products(slice(row, row + 1), slice(0, width)), -1)
-    for c, column in enumerate(columns):
-        correct(no_column[:, c], products(slice(0, height), slice(column, column + 1)), -1)
-        for r, row in enumerate(rows):
-            pairs = no_row[:, r] & no_column[:, c]
-            correct(pairs, products(slice(row, row + 1), slice(column, column + 1)), 1)
-
-    moment = x.new_empty(ky * kx, ky * kx, channels, channels)
-    first, second = first.to(device), second.to(device)
-    moment[second, first] = blocks.permute(2, 1, 0)
-    moment[first, second] = blocks.permute(2, 0, 1)
-    return moment.permute(2, 0, 3, 1).reshape(channels * ky * kx, -1)
+    if set(stride) != {1}:
+        x, kernel, index = _phases(x, kernel, padding, stride, dilation)
+        one = (1,) * len(kernel)
+        moment = patch_free_moment(x, kernel, ((0, 0),) * len(kernel), one, one)
+        index = index.to(x.device)
+        return moment[index[:, None], index]
+    one_plan = plan(tuple(x.shape[2:]), tuple(kernel), tuple(dilation), padding)
+    channels, positions = x.shape[1], math.prod(kernel)
+    spectral, borders, pair_offsets, places = _tables(one_plan, x.dtype, x.device)
+    even, odd = _spectrum_moments(x, one_plan, spectral)
+    # One row of C x C for each offset, then for each pair of kernel positions.
+    rows = torch.mm(spectral[0], even.flatten(1)).addmm_(spectral[1], (odd - odd.mT).flatten(1))[pair_offsets]
+    for (fixed, (lines, rests, _)), weights in zip(one_plan.borders.items(), borders, strict=True):
+        rows.addmm_(weights, _border_products(x, fixed, lines, rests).flatten(1))
+    rows = torch.cat((rows, rows.view(-1, channels, channels).mT.flatten(1)))[places.flatten()]
+    moment = rows.T.contiguous().view(channels, channels, positions, positions)
+    return moment.transpose(1, 2).reshape(channels * positions, -1)
 
 
-def patch_free_is_cheaper(shape: Sequence[int], kernel: Sequence[int], padding: Sequence[int]) -> bool:
-    """Whether counted work speaks for the offsets: not for few samples or small images, where the borders dominate.
+def _spectrum_moments(x: Tensor, one: Plan, tables: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """For each frequency sum over samples of re re^T + im im^T and of im re^T, [frequencies, C, C] each."""
+    channels, frequencies = x.shape[1], one.frequencies
+    even = x.new_zeros(frequencies, channels, channels)
+    odd = torch.zeros_like(even)
+    for piece in x.split(max(1, CHUNK // (2 * frequencies * channels))):
+        samples = len(piece)
+        if one.by_matrix:
+            rows = torch.mm(tables[2], piece.reshape(samples * channels, -1).T)
+        else:
+            spectrum = torch.fft.rfftn(piece, s=one.circle, dim=tuple(range(2, piece.dim())))
+            rows = torch.view_as_real(spectrum.flatten(2)).reshape(samples * channels, -1).T.contiguous()
+        rows = rows.view(frequencies, 2 * samples, channels)
+        even.baddbmm_(rows.mT, rows)
+        odd.baddbmm_(rows[:, samples:].mT, rows[:, :samples])
+    return even, odd
 
-    Work is counted in channels^2 multiplications; ``CALL`` is what each call adds for its C x C results.
+
+def _border_products(x: Tensor, fixed: tuple[int, ...], lines: list[tuple[Line, ...]], rests: list[Sizes]) -> Tensor:
+    """Sum over samples and pixels of left right^T for every line and every offset of the other axes [., C, C]."""
+    x = x.movedim(1, -1)
+    ends: list[list[Tensor]] = [[], []]
+    for line in lines:
+        for side in (0, 1):
+            at: list[int | slice] = [slice(None)] * (x.dim() - 1)
+            for axis, one in zip(fixed, line, strict=True):
+                at[1 + axis] = one.ends[side]
+            ends[side].append(x[tuple(at)])
+    left, right = torch.stack(ends[0]), torch.stack(ends[1])
+    space = left.shape[2:-1]
+    if space:
+        room = [max(abs(rest[axis]) for rest in rests) for axis in range(len(space))]
+        right = F.pad(right, [0, 0, *(side for size in reversed(room) for side in (size, size))])
+        shifted = []
+        for rest in rests:
+            at = [slice(m + r, m + r + size) for m, r, size in zip(room, rest, space, strict=True)]
+            shifted.append(right[(slice(None), slice(None), *at)])
+        right = torch.stack(shifted, dim=-2)
+    left = left.flatten(1, -2)
+    product = torch.bmm(left.mT, right.reshape(len(lines), left.shape[1], -1))
+    channels = left.shape[-1]
+    return product.view(len(lines), channels, -1, channels).transpose(1, 2).reshape(-1, channels, channels)
+
+
+def _phases(
+    x: Tensor, kernel: Sequence[int], padding: Sides, stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, Sizes, Tensor]:
+    """A strided convolution as part of one with stride 1 and no padding.
+
+    Returns:
+        The phases of the padded input as channels [N, C * phases, *space], the kernel size over them, and where in its
+        patches those of the strided convolution are [C * k].
     """
-    samples, space = shape[0], shape[2:]
-    offsets = kernel[0] if len(kernel) > 1 else 1
-    offsets *= 2 * kernel[-1] - 1
-    pixels, calls, positions = 1, 1, 1
-    for size, width, pad in zip(space, kernel, padding, strict=True):
-        border = len(_border(size, width, pad)[0])
-        pixels, calls = pixels * (size + border), calls * (1 + border)
-        positions *= size + 2 * pad - width + 1
-    return offsets * (samples * pixels + CALL * calls) < samples * positions * math.prod(kernel) ** 2
+    shape, moved = phase_shape(x.shape, kernel, padding, stride, dilation)
+    sides = []
+    for size, length, step, (before, _) in zip(x.shape[2:], shape[2:], stride, padding, strict=True):
+        sides.append((before, length * step - size - before))
+    x = F.pad(x, [side for pair in reversed(sides) for side in pair])
+    x = x.reshape(*x.shape[:2], *(part for pair in zip(shape[2:], stride, strict=True) for part in pair))
+    dims = len(kernel)
+    x = x.permute(0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2)).reshape(shape)
+    # Each kernel position is a phase and a position among that phase's pixels.
+    place = torch.arange(x.shape[1] // math.prod(stride)).view(-1, *[1] * dims)
+    phase, shift = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    for axis in range(dims):
+        reach = (torch.arange(kernel[axis]) * dilation[axis]).view(*[-1 if axis == i else 1 for i in range(dims)])
+        phase = phase * stride[axis] + reach % stride[axis]
+        shift = shift * moved[axis] + reach // stride[axis]
+    index = (place * math.prod(stride) + phase) * math.prod(moved) + shift
+    return x, moved, index.flatten()
 
 
-def _border(size: int, kernel: int, padding: int) -> tuple[list[int], Tensor]:
-    """Input coordinates that some kernel position never meets, and which position that is [kernel, coordinates]."""
-    coordinate = torch.arange(size)
-    position = torch.arange(kernel)[:, None]
-    missed = (coordinate < position - padding) | (coordinate > position + size + padding - kernel)
-    border = missed.any(0).nonzero().squeeze(1)
-    return border.tolist(), missed[:, border]
+def phase_shape(
+    shape: Sequence[int], kernel: Sequence[int], padding: Sides, stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[Sizes, Sizes]:
+    """Shape of the phases [N, C * phases, *space] of an input [N, C, *space], and the kernel size over them."""
+    moved, space = [], []
+    for size, k, (before, after), s, d in zip(shape[2:], kernel, padding, stride, dilation, strict=True):
+        reach = d * (k - 1)
+        moved.append(reach // s + 1)
+        space.append((size + before + after - reach - 1) // s + moved[-1])
+    return (shape[0], shape[1] * math.prod(stride), *space), tuple(moved)
+
+
+def patch_free_is_cheaper(
+    shape: Sequence[int], kernel: Sequence[int], padding: Sides, stride: Sequence[int], dilation: Sequence[int]
+) -> bool:
+    """Whether counted work, in measured nanoseconds, speaks for the spectrum; not so for few channels or samples."""
+    width = shape[1] * math.prod(kernel)
+    rows = shape[0]
+    for size, k, (before, after), s, d in zip(shape[2:], kernel, padding, stride, dilation, strict=True):
+        rows *= (size + before + after - d * (k - 1) - 1) // s + 1
+    patches = rows * width * (COPY + 2 * HALF * width * FLOP) + 5 * CALL
+    if set(stride) != {1}:
+        shape, kernel = phase_shape(shape, kernel, padding, stride, dilation)
+        padding, dilation = ((0, 0),) * len(kernel), (1,) * len(kernel)
+    if math.prod(kernel) > POSITIONS:
+        return False
+    cost = plan(tuple(shape[2:]), tuple(kernel), tuple(dilation), padding).cost(shape[0], shape[1])
+    return cost + (width**2 * COPY if set(stride) != {1} else 0.0) < patches
+
+
+def _smooth(least: int) -> int:
+    """The smallest even length from `least` on with no prime factor above 5: transforms of it are fast."""
+    length = least + least % 2
+    while True:
+        rest = length
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return length
+        length += 2

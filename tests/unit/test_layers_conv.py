@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from hpc_kfac.layers import Capture, Reading, Use
 from hpc_kfac.layers import conv as conv_module
+from hpc_kfac.layers import patch_free as patch_free_module
 from hpc_kfac.layers import positions as positions_module
 from hpc_kfac.layers.patch_free import patch_free_is_cheaper, patch_free_moment
 from hpc_kfac.linalg.structure import Dense
@@ -71,7 +74,7 @@ def check(dims: int, settings: dict[str, Any], size: tuple[int, ...], channels: 
 @pytest.mark.parametrize(("dims", "settings"), CASES, ids=str)
 def test_statistics_match_definition(dims: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     check(dims, settings, SIZES[dims])
-    # These sizes are too small for the offsets to pay: take that path too, wherever it applies.
+    # These sizes are too small for the spectrum to pay: take that path too.
     monkeypatch.setattr(conv_module, "patch_free_is_cheaper", lambda *_: True)
     check(dims, settings, SIZES[dims])
 
@@ -96,34 +99,65 @@ def test_any_shape(data: st.DataObject, dims: int) -> None:
     check(dims, options, size, samples=2)
 
 
-@settings(max_examples=40)
-@given(
-    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-    extra=st.tuples(st.integers(0, 4), st.integers(0, 4)),
-    channels=st.integers(1, 3),
-)
-def test_patch_free_moment_equals_patches(
-    kernel: tuple[int, int], padding: tuple[int, int], extra: tuple[int, int], channels: int
-) -> None:
-    size = [max(1, k - 2 * p) + e for k, p, e in zip(kernel, padding, extra, strict=True)]
-    module = nn.Conv2d(channels, 1, kernel, padding=padding).double()
-    x = normal(2, channels, *size)
-    rows = conv_rows(module, x, bias=False).flatten(0, 2)
-    torch.testing.assert_close(patch_free_moment(x, kernel, padding), rows.T @ rows, rtol=1e-12, atol=1e-12)
+def patch_moment(x: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+    """The moment by unfolding patches."""
+    kernel, padding, stride, dilation = geometry
+    x = F.pad(x, [side for pair in reversed(padding) for side in pair])
+    dims = len(kernel)
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(2 + axis, (k - 1) * d + 1, s)
+    x = x[(..., *(slice(None, None, d) for d in dilation))]
+    rows = x.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+    rows = rows.reshape(-1, x.shape[1] * math.prod(kernel))
+    return rows.T @ rows
 
 
-def test_patch_free_moment_in_one_dimension() -> None:
-    module = nn.Conv1d(3, 1, 4, padding=2).double()
-    x = normal(3, 3, 9)
-    rows = conv_rows(module, x, bias=False).flatten(0, 2)
-    torch.testing.assert_close(patch_free_moment(x, (4,), (2,)), rows.T @ rows)
+@settings(max_examples=150)
+@given(data=st.data(), dims=st.sampled_from([1, 2, 2, 3]), channels=st.integers(1, 3))
+def test_patch_free_moment_equals_patches(data: st.DataObject, dims: int, channels: int) -> None:
+    def draw(low: int, high: int) -> tuple[int, ...]:
+        return tuple(data.draw(st.integers(low, high)) for _ in range(dims))
+
+    kernel, stride, dilation = draw(1, 5 if dims < 3 else 2), draw(1, 3), draw(1, 3)
+    padding = tuple(zip(draw(0, 3), draw(0, 3), strict=True))
+    least = [(k - 1) * d + 1 - sum(sides) for k, d, sides in zip(kernel, dilation, padding, strict=True)]
+    size = [max(1, low) + more for low, more in zip(least, draw(0, 14), strict=True)]
+    x, geometry = normal(2, channels, *size), (kernel, padding, stride, dilation)
+    torch.testing.assert_close(
+        patch_free_moment(x, *geometry), patch_moment(x, geometry), rtol=1e-12, atol=1e-12 * (1 + float(x.norm()) ** 2)
+    )
+
+
+@pytest.mark.parametrize("shape", [(32, 16, 28, 28), (32, 32, 14, 14), (32, 64, 7, 7)])
+def test_patch_free_moment_in_float32_is_as_exact_as_patches(shape: tuple[int, ...]) -> None:
+    x, geometry = normal(*shape).relu(), ((3, 3), ((1, 1), (1, 1)), (1, 1), (1, 1))
+    exact = patch_moment(x, geometry)
+    error = (patch_free_moment(x.float(), *geometry) - exact).norm() / exact.norm()
+    assert error < 2e-6
+    # Round-off leaves the moment positive definite to within what float32 can tell.
+    values = torch.linalg.eigvalsh(patch_free_moment(x.float(), *geometry).double())
+    assert values[0] > -1e-6 * values[-1]
+
+
+def test_spectrum_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, geometry = normal(5, 3, 6, 7), ((3, 2), ((1, 1), (0, 1)), (1, 1), (1, 1))
+    whole = patch_free_moment(x, *geometry)
+    monkeypatch.setattr(patch_free_module, "CHUNK", 1)
+    torch.testing.assert_close(patch_free_moment(x, *geometry), whole)
 
 
 def test_patch_free_path_is_taken_where_it_pays() -> None:
-    assert patch_free_is_cheaper((128, 16, 28, 28), (3, 3), (1, 1))
-    assert not patch_free_is_cheaper((128, 64, 4, 4), (3, 3), (1, 1))
-    assert not patch_free_is_cheaper((2, 3, 8, 8), (3, 3), (1, 1))
+    def taken(shape: tuple[int, ...], kernel: int = 3, stride: int = 1, padding: int = 1) -> bool:
+        dims = len(shape) - 2
+        geometry = ((kernel,) * dims, ((padding, padding),) * dims, (stride,) * dims, (1,) * dims)
+        return patch_free_is_cheaper(shape, *geometry)
+
+    assert taken((128, 16, 28, 28)) and taken((128, 32, 14, 14)) and taken((128, 64, 7, 7))
+    assert not taken((128, 1, 28, 28))  # few channels: patches are small
+    assert not taken((2, 3, 8, 8))  # calls cost more than work
+    assert not taken((128, 16, 28, 28), stride=2)  # hardly an offset comes twice
+    assert taken((16, 16, 112, 112), kernel=7, stride=2, padding=3)
+    assert not taken((128, 16, 56, 56), kernel=11)  # too many lines at the borders
 
 
 def test_reduce_averages_patches_and_sums_gradients() -> None:
