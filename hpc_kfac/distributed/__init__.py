@@ -1,23 +1,24 @@
 """Ranks: communicators that count their traffic, and the placement of layers on ranks. Knows nothing of torch.nn."""
 
-from hpc_kfac.distributed.communicator import (
-    Communicator,
-    MPICommunicator,
-    SerialCommunicator,
-    TorchCommunicator,
-    communicator,
-)
+from hpc_kfac.distributed.buffers import BufferPool
+from hpc_kfac.distributed.communicator import Communicator, SerialCommunicator, Work, communicator
+from hpc_kfac.distributed.mpi import MPICommunicator
 from hpc_kfac.distributed.placement import Assignment, Kaisa, Rates, Unit, UnitCost
+from hpc_kfac.distributed.torch_backend import TorchCommunicator
+from hpc_kfac.distributed.watchdog import Monitor
 
 __all__ = [
     "Assignment",
+    "BufferPool",
     "Communicator",
     "Kaisa",
     "MPICommunicator",
+    "Monitor",
     "Rates",
     "SerialCommunicator",
     "TorchCommunicator",
     "Unit",
     "UnitCost",
+    "Work",
     "communicator",
 ]

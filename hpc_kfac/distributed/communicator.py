@@ -7,155 +7,242 @@ waited for later. All ranks must post the same collectives in the same order.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hpc_kfac.distributed.buffers import BufferPool
+from hpc_kfac.distributed.watchdog import Monitor, Posting
+
+SUMMABLE = (torch.float32, torch.float64, torch.int32, torch.int8, torch.bfloat16, torch.float16)
+
+
+class Flight(NamedTuple):
+    """What a backend hands over of a collective that it has started.
+
+    Attributes:
+        wait: blocks until it is complete.
+        test: makes progress, and says whether it is complete.
+        finish: puts the result where it belongs; called once, when it is complete.
+    """
+
+    wait: Callable[[], object]
+    test: Callable[[], bool]
+    finish: Callable[[], None]
+
 
 class Work:
-    """A collective in flight."""
+    """A collective in flight. Any thread may ask for it."""
 
-    def __init__(self, finish: Callable[[], None] | None = None) -> None:
-        self._finish = finish
+    def __init__(self, family: Family, posting: Posting, flight: Flight | None) -> None:
+        self._family, self._posting, self._flight = family, posting, flight
+        self._lock = threading.Lock()  # MPI forbids to test a request that another thread waits for
+        if flight is not None:
+            family.pending[id(self)] = self
 
     def wait(self) -> None:
         """Blocks until the buffers hold the result; a second call returns at once."""
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            finish()
+        with self._lock:
+            if self._flight is not None:
+                with self._family.monitor.waiting(self._posting):
+                    self._flight.wait()
+                self._end(self._flight)
+
+    def done(self) -> bool:
+        """Whether the buffers hold the result; makes progress and does not block."""
+        if self._flight is None:
+            return True
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self._flight is not None and self._flight.test():
+                self._end(self._flight)
+            return self._flight is None
+        finally:
+            self._lock.release()
+
+    def _end(self, flight: Flight) -> None:
+        flight.finish()
+        self._flight = None
+        del self._family.pending[id(self)]
+
+
+class Family:
+    """What a communicator shares with all that are split from it.
+
+    Attributes:
+        traffic: payload bytes posted so far by label.
+        monitor: what this rank has posted and waits for.
+        pending: collectives that have not ended; kept here because they write to buffers even if nobody waits.
+        scratch: buffers that are needed while a collective is in flight.
+    """
+
+    def __init__(self) -> None:
+        self.traffic: Counter[str] = Counter()
+        self.monitor = Monitor()
+        self.pending: dict[int, Work] = {}
+        self.scratch = BufferPool()
+        self.lock = threading.Lock()
 
 
 class Communicator(ABC):
-    """A group of ranks.
+    """A group of ranks. Each thread that posts collectives needs a communicator of its own.
+
+    Tensors are contiguous, and are written in place until the work has ended. `label` is what the traffic is counted
+    under; `about` says in words what the message holds, for whoever reads why a run stalls.
 
     Attributes:
         rank: this process within the group.
         size: number of processes in the group.
-        traffic: payload bytes posted so far by label; shared by all groups split from one communicator.
+        members: the group's ranks as numbered in the communicator that all of the family were split from.
     """
 
     rank: int
     size: int
-    traffic: Counter[str]
 
-    def allreduce(self, tensor: Tensor, label: str) -> Work:
-        """Sums a contiguous float32 or float64 tensor over the group, in place."""
-        return self._counted(tensor, label, self._allreduce)
+    def __init__(self, family: Family | None, name: str, members: Sequence[int]) -> None:
+        self._family = Family() if family is None else family
+        self.name, self.members = name, tuple(members)
+        self._splits = 0
 
-    def broadcast(self, tensor: Tensor, root: int, label: str) -> Work:
-        """Overwrites a contiguous tensor of any dtype with the root's, in place. `root` is a rank of this group."""
-        return self._counted(tensor, label, lambda t: self._broadcast(t, root))
+    @property
+    def traffic(self) -> Counter[str]:
+        """Payload bytes posted so far by label; shared by all communicators split from one."""
+        return self._family.traffic
 
-    def allgather(self, tensor: Tensor, label: str) -> tuple[Tensor, Work]:
+    @property
+    def monitor(self) -> Monitor:
+        """What this rank has posted and waits for; shared likewise."""
+        return self._family.monitor
+
+    def allreduce(self, tensor: Tensor, label: str, about: str = "") -> Work:
+        """Sums over the group, in place.
+
+        Every rank gets the same bits. Sums of bfloat16 and float16 are rounded to that type at each addition.
+
+        Raises:
+            TypeError: not a dtype of `SUMMABLE`.
+            ValueError: not contiguous.
+        """
+        _check_summable(tensor, label)
+        return self._post("allreduce", tensor, label, about, lambda: self._allreduce(tensor))
+
+    def reduce_scatter(self, tensor: Tensor, counts: Sequence[int], label: str, about: str = "") -> Work:
+        """Sums over the group, each segment on one rank only.
+
+        Args:
+            tensor: [sum(counts)]; afterwards this rank's segment holds the sum, the rest is undefined.
+            counts: elements of each rank's segment; zeros are allowed.
+            label: see the class.
+            about: see the class.
+
+        Raises:
+            TypeError: not a dtype of `SUMMABLE`.
+            ValueError: not contiguous, or counts do not fit.
+        """
+        _check_summable(tensor, label)
+        self._check_counts(tensor, counts, label)
+        return self._post("reduce-scatter", tensor, label, about, lambda: self._reduce_scatter(tensor, counts))
+
+    def broadcast(self, tensor: Tensor, root: int, label: str, about: str = "") -> Work:
+        """Overwrites a tensor of any dtype with the root's, in place. `root` is a rank of this group."""
+        return self._post("broadcast", tensor, label, about, lambda: self._broadcast(tensor, root))
+
+    def allgather(self, tensor: Tensor, label: str, about: str = "") -> tuple[Tensor, Work]:
         """Collects equally shaped tensors of all ranks: [size, *tensor.shape], valid after the wait."""
         out = tensor.new_empty((self.size, *tensor.shape))
-        work = self._counted(tensor, label, lambda t: self._allgather(t, out))
-        return out, work
+        return out, self._post("allgather", tensor, label, about, lambda: self._allgather(tensor, out))
 
-    @abstractmethod
+    def allgatherv(self, tensor: Tensor, counts: Sequence[int], label: str, about: str = "") -> Work:
+        """Collects a segment of each rank, in place.
+
+        Args:
+            tensor: [sum(counts)], any dtype; this rank contributes its segment and receives the others.
+            counts: elements of each rank's segment; zeros are allowed.
+            label: see the class.
+            about: see the class.
+
+        Raises:
+            ValueError: not contiguous, or counts do not fit.
+        """
+        self._check_counts(tensor, counts, label)
+        return self._post("allgather", tensor, label, about, lambda: self._allgatherv(tensor, counts))
+
+    def progress(self) -> None:
+        """Moves every collective of the family that is in flight; does not block, costs nothing if there is none."""
+        if self._family.pending:
+            for work in list(self._family.pending.values()):
+                work.done()
+
     def split(self, color: int) -> Communicator:
         """The sub-group of all ranks that gave the same colour, in rank order. Collective."""
+        self._splits += 1
+        return self._split(color, f"{self.name}.{self._splits}:{color}")
 
     @abstractmethod
-    def _allreduce(self, tensor: Tensor) -> Work: ...
+    def _split(self, color: int, name: str) -> Communicator: ...
 
     @abstractmethod
-    def _broadcast(self, tensor: Tensor, root: int) -> Work: ...
+    def _allreduce(self, tensor: Tensor) -> Flight | None: ...
 
     @abstractmethod
-    def _allgather(self, tensor: Tensor, out: Tensor) -> Work: ...
+    def _reduce_scatter(self, tensor: Tensor, counts: Sequence[int]) -> Flight | None: ...
 
-    def _counted(self, tensor: Tensor, label: str, post: Callable[[Tensor], Work]) -> Work:
+    @abstractmethod
+    def _broadcast(self, tensor: Tensor, root: int) -> Flight | None: ...
+
+    @abstractmethod
+    def _allgather(self, tensor: Tensor, out: Tensor) -> Flight | None: ...
+
+    @abstractmethod
+    def _allgatherv(self, tensor: Tensor, counts: Sequence[int]) -> Flight | None: ...
+
+    def _post(self, kind: str, tensor: Tensor, label: str, about: str, start: Callable[[], Flight | None]) -> Work:
         if not tensor.is_contiguous():
             raise ValueError(f"{label}: collectives need contiguous tensors")
-        self.traffic[label] += tensor.numel() * tensor.element_size()
-        return post(tensor)
+        flight = start()
+        with self._family.lock:
+            self.traffic[label] += tensor.numel() * tensor.element_size()
+            posting = self.monitor.post(self.name, self.members, kind, label, about)
+        return Work(self._family, posting, flight)
+
+    def _check_counts(self, tensor: Tensor, counts: Sequence[int], label: str) -> None:
+        if tensor.shape != (sum(counts),) or len(counts) != self.size or min(counts) < 0:
+            raise ValueError(
+                f"{label}: counts {list(counts)} do not cut a tensor of shape {tuple(tensor.shape)} into segments of "
+                f"{self.size} ranks; give one count per rank, none negative, that add up to its length"
+            )
 
 
 class SerialCommunicator(Communicator):
     """One process: every collective is the identity."""
 
-    def __init__(self, traffic: Counter[str] | None = None) -> None:
+    def __init__(self, family: Family | None = None) -> None:
+        super().__init__(family, "all", (0,))
         self.rank, self.size = 0, 1
-        self.traffic = Counter() if traffic is None else traffic
 
-    def split(self, color: int) -> Communicator:
-        return SerialCommunicator(self.traffic)
+    def _split(self, color: int, name: str) -> Communicator:
+        return SerialCommunicator(self._family)
 
-    def _allreduce(self, tensor: Tensor) -> Work:
-        return Work()
+    def _allreduce(self, tensor: Tensor) -> None:
+        return None
 
-    def _broadcast(self, tensor: Tensor, root: int) -> Work:
-        return Work()
+    def _reduce_scatter(self, tensor: Tensor, counts: Sequence[int]) -> None:
+        return None
 
-    def _allgather(self, tensor: Tensor, out: Tensor) -> Work:
+    def _broadcast(self, tensor: Tensor, root: int) -> None:
+        return None
+
+    def _allgather(self, tensor: Tensor, out: Tensor) -> None:
         out[0].copy_(tensor)
-        return Work()
 
-
-class MPICommunicator(Communicator):
-    """An mpi4py communicator. It is duplicated, so that nothing else can interleave with its collectives."""
-
-    def __init__(self, comm: Any, traffic: Counter[str] | None = None, *, owned: bool = False) -> None:
-        self._comm = comm if owned else comm.Dup()
-        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
-        self.traffic = Counter() if traffic is None else traffic
-
-    def split(self, color: int) -> Communicator:
-        return MPICommunicator(self._comm.Split(color, self.rank), self.traffic, owned=True)
-
-    def _allreduce(self, tensor: Tensor) -> Work:
-        from mpi4py import MPI
-
-        host = tensor.cpu()  # the tensor itself when it already is on the host
-        request = self._comm.Iallreduce(MPI.IN_PLACE, host.numpy(), op=MPI.SUM)
-        return _mpi_work(request, host, tensor)
-
-    def _broadcast(self, tensor: Tensor, root: int) -> Work:
-        host = tensor.cpu()
-        return _mpi_work(self._comm.Ibcast(_bytes(host), root=root), host, tensor)
-
-    def _allgather(self, tensor: Tensor, out: Tensor) -> Work:
-        sent, received = tensor.cpu(), out.cpu()
-        request = self._comm.Iallgather(_bytes(sent), _bytes(received))
-        return _mpi_work(request, received, out, keep=sent)
-
-
-class TorchCommunicator(Communicator):
-    """A torch.distributed process group (gloo or nccl), for DistributedDataParallel users without MPI."""
-
-    def __init__(self, group: Any = None, traffic: Counter[str] | None = None) -> None:
-        self._group = group
-        self.rank, self.size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-        self._global = torch.distributed.get_process_group_ranks(group or torch.distributed.group.WORLD)
-        self.traffic = Counter() if traffic is None else traffic
-
-    def split(self, color: int) -> Communicator:
-        colors: list[int] = [0] * self.size
-        torch.distributed.all_gather_object(colors, color, self._group)
-        mine: Any = None
-        # Every rank must create every group, in the same order.
-        for value in sorted(set(colors)):
-            members = [self._global[r] for r in range(self.size) if colors[r] == value]
-            group = torch.distributed.new_group(members)
-            if value == color:
-                mine = group
-        return TorchCommunicator(mine, self.traffic)
-
-    def _allreduce(self, tensor: Tensor) -> Work:
-        return Work(torch.distributed.all_reduce(tensor, group=self._group, async_op=True).wait)
-
-    def _broadcast(self, tensor: Tensor, root: int) -> Work:
-        handle = torch.distributed.broadcast(tensor, self._global[root], group=self._group, async_op=True)
-        return Work(handle.wait)
-
-    def _allgather(self, tensor: Tensor, out: Tensor) -> Work:
-        handle = torch.distributed.all_gather(list(out.unbind(0)), tensor, group=self._group, async_op=True)
-        return Work(handle.wait)
+    def _allgatherv(self, tensor: Tensor, counts: Sequence[int]) -> None:
+        return None
 
 
 def communicator(comm: Any) -> Communicator:
@@ -172,8 +259,12 @@ def communicator(comm: Any) -> Communicator:
     if isinstance(comm, Communicator):
         return comm
     if hasattr(comm, "Iallreduce"):
+        from hpc_kfac.distributed.mpi import MPICommunicator
+
         return MPICommunicator(comm)
     if torch.distributed.is_available() and isinstance(comm, torch.distributed.ProcessGroup):
+        from hpc_kfac.distributed.torch_backend import TorchCommunicator
+
         return TorchCommunicator(comm)
     raise TypeError(
         f"comm is a {type(comm).__name__}; pass MPI.COMM_WORLD, a torch.distributed process group, "
@@ -181,17 +272,12 @@ def communicator(comm: Any) -> Communicator:
     )
 
 
-def _bytes(tensor: Tensor) -> Any:
-    # Raw bytes, because numpy has no bfloat16; moving data needs no arithmetic.
-    return tensor.view(-1).view(torch.uint8).numpy()
+def segments(tensor: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
+    """The consecutive pieces of a 1-d tensor."""
+    return tensor.split(list(counts))
 
 
-def _mpi_work(request: Any, host: Tensor, target: Tensor, keep: Any = None) -> Work:
-    def finish() -> None:
-        request.Wait()
-        if host is not target:
-            target.copy_(host)
-        del keep_alive[:]
-
-    keep_alive = [host, keep]  # MPI reads and writes these until the wait
-    return Work(finish)
+def _check_summable(tensor: Tensor, label: str) -> None:
+    if tensor.dtype not in SUMMABLE:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUMMABLE)
+        raise TypeError(f"{label}: cannot sum {tensor.dtype} over ranks; use one of {names}")
