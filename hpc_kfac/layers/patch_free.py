@@ -1,7 +1,7 @@
 """The patch second moment of a convolution without patches, through the spectrum of its input.
 
 Apart from borders, the moment of kernel positions p and q depends on the offset q - p alone: it is the autocorrelation
-of the input at that offset. The discrete Fourier transform turns all offsets at once into one C x C product for each
+of the input at that offset. The discrete Fourier transform, as matrix products, turns all offsets at once into one C x C product for each
 frequency, several times fewer multiplications than patches or offsets take. Pairs of pixels that both lie in the image,
 while the output position that would pair them does not, are taken off again by products of single lines and points.
 
@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of the largest spectrum: 8 MiB in float32, which stays in the last-level cache.
-CHUNK = 1 << 21
+# Elements of a spectrum, 2 MiB in float32, and the least number of samples that is worth the additions of its moment.
+CHUNK, SAMPLES = 1 << 19, 32
 # Largest kernel that is planned: the borders of larger ones have too many lines.
 POSITIONS = 49
 
 # Measured on one AVX-512 core in float32, nanoseconds.
-FLOP, SPECTRUM, COPY, CALL = 0.012, 3.0, 0.7, 20_000.0
+FLOP, COPY, CALL = 0.012, 0.7, 20_000.0
 # Share of a symmetric product that is multiplied out.
 HALF = 0.65
 
@@ -67,18 +67,12 @@ class Plan:
     @cached_property
     def circle(self) -> Sizes:
         """Length of the transform: no offset may meet the other end of the image."""
-        reach = ((k - 1) * d for k, d in zip(self.kernel, self.dilation, strict=True))
-        least = [size + more for size, more in zip(self.space, reach, strict=True)]
-        return tuple(least if self.by_matrix else map(_smooth, least))
+        return tuple(size + (k - 1) * d for size, k, d in zip(self.space, self.kernel, self.dilation, strict=True))
 
     @property
-    def by_matrix(self) -> bool:
-        """Small images are transformed by one matrix product, which also puts frequencies first."""
-        return 2 * math.prod(self.space) * FLOP < SPECTRUM
-
-    @cached_property
     def frequencies(self) -> int:
-        return math.prod(self.circle[:-1]) * (self.circle[-1] // 2 + 1)
+        """The first axis has half of them: the others are their conjugates."""
+        return (self.circle[0] // 2 + 1) * math.prod(self.circle[1:])
 
     @cached_property
     def pairs(self) -> list[tuple[Sizes, Sizes]]:
@@ -129,13 +123,13 @@ class Plan:
     def spectral(self) -> tuple[Tensor, Tensor]:
         """[offsets, frequencies] what the even and the odd part of each frequency add at each offset."""
         axes = [torch.arange(length, dtype=torch.float64) / length for length in self.circle]
-        axes[-1] = axes[-1][: self.circle[-1] // 2 + 1]
+        axes[0] = axes[0][: self.circle[0] // 2 + 1]
         turns = torch.cartesian_prod(*axes).view(-1, len(axes))
         offsets = torch.tensor(list(self.offsets), dtype=torch.float64) * torch.tensor(self.dilation)
         angle = 2 * math.pi * (turns @ offsets.T)
         # Frequencies beyond half the circle are the conjugates of those before it.
-        last = turns[:, -1:]
-        weight = (2.0 - ((last == 0) | (last == 0.5)).double()) / math.prod(self.circle)
+        first = turns[:, :1]
+        weight = (2.0 - ((first == 0) | (first == 0.5)).double()) / math.prod(self.circle)
         return (angle.cos() * weight).T.contiguous(), (angle.sin() * weight).T.contiguous()
 
     @cached_property
@@ -145,12 +139,22 @@ class Plan:
         return torch.tensor([self.offsets[step] for step in steps])
 
     @cached_property
-    def transform(self) -> Tensor:
-        """[frequencies * 2, pixels] real and imaginary parts of the Fourier matrix."""
-        unit = torch.eye(math.prod(self.space), dtype=torch.float64).view(-1, *self.space)
-        dims = tuple(range(1, 1 + len(self.space)))
-        spectrum = torch.fft.rfftn(unit, s=self.circle, dim=dims)
-        return torch.view_as_real(spectrum).flatten(1).T.contiguous()
+    def transforms(self) -> list[Tensor]:
+        """A Fourier matrix for each axis: the first [frequencies * 2, pixels], the others [.. * 2, 2 * pixels].
+
+        Real and imaginary part alternate in what comes out and stand one after the other in what goes in, which is the
+        order that the product with the axis before leaves.
+        """
+        matrices = []
+        for axis, (size, length) in enumerate(zip(self.space, self.circle, strict=True)):
+            count = length if axis else length // 2 + 1
+            angle = 2 * math.pi * torch.outer(torch.arange(count).double(), torch.arange(size).double()) / length
+            real, imaginary = angle.cos(), -angle.sin()
+            parts = torch.stack((real, imaginary), dim=1)
+            if axis:
+                parts = torch.cat((parts, torch.stack((-imaginary, real), dim=1)), dim=2)
+            matrices.append(parts.flatten(0, 1))
+        return matrices
 
     @cached_property
     def places(self) -> Tensor:
@@ -163,8 +167,12 @@ class Plan:
     def cost(self, samples: int, channels: int) -> float:
         """Nanoseconds on the measured core."""
         square = 2.0 * channels**2 * FLOP
-        points = samples * channels * math.prod(self.circle)
-        transform = points * min(2 * math.prod(self.space) * FLOP, SPECTRUM)
+        transform, left, right = math.prod(self.space) * COPY, 1, math.prod(self.space)
+        for size, matrix in zip(self.space, self.transforms, strict=True):
+            right //= size
+            transform += 2.0 * left * matrix.numel() * right * FLOP
+            left *= matrix.shape[0] // 2
+        transform *= samples * channels
         products = 3.0 * samples * self.frequencies
         calls = 10
         for fixed, (lines, rests, weights) in self.borders.items():
@@ -186,8 +194,7 @@ def plan(space: Sizes, kernel: Sizes, dilation: Sizes, padding: Sides) -> Plan:
 def _tables(one: Plan, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Weights of the spectrum and of the borders, offsets and places of the pairs, where they are used."""
     spectral = [table.to(device, dtype) for table in one.spectral]
-    if one.by_matrix:
-        spectral.append(one.transform.to(device, dtype))
+    spectral += [matrix.to(device, dtype) for matrix in one.transforms]
     borders = [weights.to(device, dtype) for _, _, weights in one.borders.values()]
     return spectral, borders, one.pair_offsets.to(device), one.places.to(device)
 
@@ -216,7 +223,7 @@ def patch_free_moment(
     one_plan = plan(tuple(x.shape[2:]), tuple(kernel), tuple(dilation), padding)
     channels, positions = x.shape[1], math.prod(kernel)
     spectral, borders, pair_offsets, places = _tables(one_plan, x.dtype, x.device)
-    even, odd = _spectrum_moments(x, one_plan, spectral)
+    even, odd = _spectrum_moments(x, one_plan, spectral[2:])
     # One row of C x C for each offset, then for each pair of kernel positions.
     rows = torch.mm(spectral[0], even.flatten(1)).addmm_(spectral[1], (odd - odd.mT).flatten(1))[pair_offsets]
     for (fixed, (lines, rests, _)), weights in zip(one_plan.borders.items(), borders, strict=True):
@@ -226,18 +233,19 @@ def patch_free_moment(
     return moment.transpose(1, 2).reshape(channels * positions, -1)
 
 
-def _spectrum_moments(x: Tensor, one: Plan, tables: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _spectrum_moments(x: Tensor, one: Plan, transforms: list[Tensor]) -> tuple[Tensor, Tensor]:
     """For each frequency sum over samples of re re^T + im im^T and of im re^T, [frequencies, C, C] each."""
     channels, frequencies = x.shape[1], one.frequencies
     even = x.new_zeros(frequencies, channels, channels)
     odd = torch.zeros_like(even)
-    for piece in x.split(max(1, CHUNK // (2 * frequencies * channels))):
+    for piece in x.split(max(SAMPLES, CHUNK // (2 * frequencies * channels))):
         samples = len(piece)
-        if one.by_matrix:
-            rows = torch.mm(tables[2], piece.reshape(samples * channels, -1).T)
-        else:
-            spectrum = torch.fft.rfftn(piece, s=one.circle, dim=tuple(range(2, piece.dim())))
-            rows = torch.view_as_real(spectrum.flatten(2)).reshape(samples * channels, -1).T.contiguous()
+        # Pixels first: every product takes one axis and leaves [frequencies so far, 2, the axes behind it, rows].
+        rows = piece.reshape(samples * channels, -1).T.contiguous()
+        rows = torch.mm(transforms[0], rows.view(one.space[0], -1))
+        for axis in range(1, len(one.space)):
+            before = math.prod(one.circle[1:axis]) * (one.circle[0] // 2 + 1)
+            rows = torch.matmul(transforms[axis], rows.view(before, 2 * one.space[axis], -1))
         rows = rows.view(frequencies, 2 * samples, channels)
         even.baddbmm_(rows.mT, rows)
         odd.baddbmm_(rows[:, samples:].mT, rows[:, :samples])
@@ -326,16 +334,3 @@ def patch_free_is_cheaper(
         return False
     cost = plan(tuple(shape[2:]), tuple(kernel), tuple(dilation), padding).cost(shape[0], shape[1])
     return cost + (width**2 * COPY if set(stride) != {1} else 0.0) < patches
-
-
-def _smooth(least: int) -> int:
-    """The smallest even length from `least` on with no prime factor above 5: transforms of it are fast."""
-    length = least + least % 2
-    while True:
-        rest = length
-        for factor in (2, 3, 5):
-            while rest % factor == 0:
-                rest //= factor
-        if rest == 1:
-            return length
-        length += 2
