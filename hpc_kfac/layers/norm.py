@@ -85,38 +85,31 @@ class NormLayer(CapturedLayer):
         return NormBatch(self, uses, count, reading)
 
     @abstractmethod
-    def normalised(self, x: Tensor, use: Use) -> Tensor:
-        """xhat, in the layout and dtype of x; ``use.inputs`` has the original dtype."""
-
-    @abstractmethod
-    def channels_last(self, tensor: Tensor, dims: int) -> Tensor:
-        """A tensor with ``dims`` leading draws, in the module's layout behind them, as [..., samples, positions, p]."""
-
-    @abstractmethod
-    def leading(self, use: Use) -> torch.Size:
-        """The leading dimensions of an input, for masks."""
-
     def sample_gradients(self, use: Use, reading: Reading) -> Tensor:
         """Unscaled per-sample gradients of one use [draws, samples, p, a]."""
-        assert use.gradient is not None
-        g = (use.gradient if reading.draws else use.gradient.unsqueeze(0)).to(reading.dtype)
-        xhat = self.channels_last(self.normalised(use.inputs.to(reading.dtype), use), 0)
-        g = self.channels_last(g, 1)
-        if reading.mask is not None and reading.mask.shape == self.leading(use):
-            g = g * reading.mask.reshape(xhat.shape[0], -1, 1)
-        gamma = (g * xhat).sum(2)
-        return torch.stack([gamma, g.sum(2)], dim=-1) if self.has_bias else gamma.unsqueeze(-1)
+
+    def _stack(self, gamma: Tensor, beta: Tensor) -> Tensor:
+        return torch.stack([gamma, beta], dim=-1) if self.has_bias else gamma.unsqueeze(-1)
 
 
 class ChannelNormLayer(NormLayer):
-    """Inputs [N, C, ...]: the channel is the second axis."""
+    """Inputs [N, C, ...]: the channel is the second axis. Nothing as large as the input is written."""
 
-    def channels_last(self, tensor: Tensor, dims: int) -> Tensor:
-        flat = tensor.reshape(*tensor.shape[: dims + 2], -1)
-        return flat.transpose(-1, -2)
+    def sample_gradients(self, use: Use, reading: Reading) -> Tensor:
+        assert use.gradient is not None
+        dtype = torch.promote_types(reading.dtype, torch.float32)
+        x = use.inputs.to(dtype).reshape(*use.inputs.shape[:2], -1)
+        g = (use.gradient if reading.draws else use.gradient.unsqueeze(0)).to(dtype)
+        mean, variance = self.statistics(x, use)
+        gamma, beta = zip(*(centred_products(draw.reshape(x.shape), x, mean) for draw in g), strict=True)
+        rows = self._stack(torch.stack(gamma) * (variance + self.module.eps).rsqrt(), torch.stack(beta))
+        if reading.mask is not None and reading.mask.shape == x.shape[:1]:
+            rows = rows * reading.mask.view(-1, 1, 1)
+        return rows.to(reading.dtype)
 
-    def leading(self, use: Use) -> torch.Size:
-        return use.inputs.shape[:1]
+    @abstractmethod
+    def statistics(self, x: Tensor, use: Use) -> tuple[Tensor, Tensor]:
+        """Mean and variance that normalise each channel of each sample of x [N, C, T]: two [N, C]."""
 
 
 class BatchNormLayer(ChannelNormLayer):
@@ -128,19 +121,42 @@ class BatchNormLayer(ChannelNormLayer):
     families = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     module: BatchNorm
 
-    def normalised(self, x: Tensor, use: Use) -> Tensor:
-        module = self.module
-        if use.training or module.running_mean is None or module.running_var is None:
-            return F.batch_norm(x, None, None, training=True, eps=module.eps)
-        return F.batch_norm(x, module.running_mean.to(x), module.running_var.to(x), eps=module.eps)
+    def statistics(self, x: Tensor, use: Use) -> tuple[Tensor, Tensor]:
+        module, shape = self.module, x.shape[:2]
+        if not (use.training or module.running_mean is None or module.running_var is None):
+            return module.running_mean.to(x).expand(shape), module.running_var.to(x).expand(shape)
+        count = x.shape[0] * x.shape[2]
+        mean = (x.sum(2).sum(0) / count).expand(shape)
+        return mean, (centred_products(x, x, mean)[0].sum(0) / count).expand(shape)
 
 
 class GroupNormLayer(ChannelNormLayer):
     families = (nn.GroupNorm,)
     module: nn.GroupNorm
 
-    def normalised(self, x: Tensor, use: Use) -> Tensor:
-        return F.group_norm(x, self.module.num_groups, eps=self.module.eps)
+    def statistics(self, x: Tensor, use: Use) -> tuple[Tensor, Tensor]:
+        def average(sums: Tensor) -> Tensor:
+            """From sums over positions of [N, C] to the mean over positions and the channels of the group."""
+            groups = sums.unflatten(1, (self.module.num_groups, -1)) / x.shape[2]
+            return groups.mean(2, keepdim=True).expand_as(groups).flatten(1)
+
+        mean = average(x.sum(2))
+        return mean, average(centred_products(x, x, mean)[0])
+
+
+def centred_products(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over positions of g * (x - mean) and of g, both [N, C], for g and x [N, C, T] and mean [N, C].
+
+    These are the weight and bias gradients of a batch normalisation with given statistics, where every channel of every
+    sample is a channel: one fused pass, as precise as subtracting first.
+    """
+    channels = (1, -1, x.shape[2])
+    mean = mean.reshape(-1)
+    _, product, total = torch.ops.aten.native_batch_norm_backward(
+        g.reshape(channels), x.reshape(channels), None, mean, torch.ones_like(mean), None, None, False, 0.0,
+        [False, True, True],
+    )  # fmt: skip
+    return product.view(x.shape[:2]), total.view(x.shape[:2])
 
 
 class LayerNormLayer(NormLayer):
@@ -149,17 +165,26 @@ class LayerNormLayer(NormLayer):
     families: ClassVar[tuple[type[nn.Module], ...]] = (nn.LayerNorm,)
     module: nn.LayerNorm | nn.RMSNorm
 
+    def sample_gradients(self, use: Use, reading: Reading) -> Tensor:
+        assert use.gradient is not None
+        g = (use.gradient if reading.draws else use.gradient.unsqueeze(0)).to(reading.dtype)
+        xhat = self.positions(self.normalised(use.inputs.to(reading.dtype), use), 0)
+        g = self.positions(g, 1)
+        leading = use.inputs.shape[: use.inputs.dim() - len(self.module.normalized_shape)]
+        if reading.mask is not None and reading.mask.shape == leading:
+            g = g * reading.mask.reshape(xhat.shape[0], -1, 1)
+        return self._stack((g * xhat).sum(2), g.sum(2))
+
     def normalised(self, x: Tensor, use: Use) -> Tensor:
+        """xhat, in the layout and dtype of x; ``use.inputs`` has the original dtype."""
         return F.layer_norm(x, list(self.module.normalized_shape), eps=self.module.eps or 0.0)
 
-    def channels_last(self, tensor: Tensor, dims: int) -> Tensor:
+    def positions(self, tensor: Tensor, dims: int) -> Tensor:
+        """A tensor with ``dims`` leading draws as [..., samples, positions, p]."""
         shape = tuple(self.module.normalized_shape)
         lead = tensor.shape[: tensor.dim() - len(shape)]
         samples = lead[dims] if len(lead) > dims else 1
         return tensor.reshape(*lead[:dims], samples, math.prod(lead[dims + 1 :]), math.prod(shape))
-
-    def leading(self, use: Use) -> torch.Size:
-        return use.inputs.shape[: use.inputs.dim() - len(self.module.normalized_shape)]
 
 
 class RMSNormLayer(LayerNormLayer):

@@ -1,9 +1,10 @@
 """The patch second moment of a convolution without patches, through the spectrum of its input.
 
 Apart from borders, the moment of kernel positions p and q depends on the offset q - p alone: it is the autocorrelation
-of the input at that offset. The discrete Fourier transform, as matrix products, turns all offsets at once into one C x C product for each
-frequency, several times fewer multiplications than patches or offsets take. Pairs of pixels that both lie in the image,
-while the output position that would pair them does not, are taken off again by products of single lines and points.
+of the input at that offset. The discrete Fourier transform, a matrix product for each axis, turns all offsets at once
+into one C x C product for each frequency, several times fewer multiplications than patches or offsets take. Pairs of
+pixels that both lie in the image, while the output position that would pair them does not, are taken off again by
+products of single lines and points.
 
 The moment is linear in all of these products, so that one cached matrix turns them into the moment. A stride splits the
 image into phases: the moment is then part of that of a convolution with stride 1 over the phases as channels.
