@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc_kfac.layers.batch import LayerBatch, LayerShape, Reading, Use
+from hpc_kfac.linalg.workspace import Workspace
 
 
 class CapturedLayer(ABC):
@@ -64,13 +65,28 @@ class CapturedLayer(ABC):
         weight, bias = matrix[..., :-1], matrix[..., -1]
         return [weight.reshape(self.parameters[0].shape), bias.reshape(self.parameters[1].shape)]
 
-    def gradient(self) -> Tensor:
-        """The gradient [p, o, a] in at least float32; a missing ``.grad`` counts as zeros."""
-        gradients = []
+    @torch.no_grad()
+    def gradient(self, work: Workspace | None = None) -> Tensor:
+        """The gradient [p, o, a] in at least float32; a missing ``.grad`` counts as zeros.
+
+        It is a view of ``.grad`` where that has the right form already, and otherwise lies in the workspace, under the
+        name "gradient".
+        """
+        dtype = torch.float32
         for parameter in self.parameters:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients.append(gradient.to(torch.promote_types(gradient.dtype, torch.float32)))
-        return self.matrix(gradients)
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        grad = self.parameters[0].grad
+        if not self.has_bias and grad is not None and grad.dtype == dtype and grad.is_contiguous():
+            return self.matrix([grad])
+        work = Workspace() if work is None else work
+        shape = self.shape
+        matrix = work.take("gradient", (shape.blocks, shape.outputs, shape.inputs), dtype, self.parameters[0].device)
+        for parameter, tensor in zip(self.parameters, self.tensors(matrix), strict=True):
+            if parameter.grad is None:
+                tensor.zero_()
+            else:
+                tensor.copy_(parameter.grad)
+        return matrix
 
     @torch.no_grad()
     def set_gradient(self, update: Tensor) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpc_kfac.linalg.solve import damped_inverse, multiply, positive_eigh, require_finite, spectral
+from hpc_kfac.linalg.workspace import Workspace, scratch
 
 
 class Structure(ABC):
@@ -76,36 +77,39 @@ class Structure(ABC):
         """
 
     @abstractmethod
-    def _left(self, operator: Tensor, matrix: Tensor) -> Tensor:
-        """operator @ matrix [p, d, n]; the operator has this structure but need not be symmetric."""
+    def left(self, operator: Tensor, matrix: Tensor, work: Workspace | None = None) -> Tensor:
+        """operator @ matrix [p, d, n]; the operator has this structure but need not be symmetric. Both have one dtype.
 
-    def _right(self, matrix: Tensor, operator: Tensor) -> Tensor:
-        """matrix [p, n, d] @ operator."""
-        return self._left(operator.mT, matrix.mT).mT
+        With a workspace the result lies there, valid until the next `left`.
+        """
+
+    @abstractmethod
+    def right(self, matrix: Tensor, operator: Tensor, work: Workspace | None = None) -> Tensor:
+        """matrix [p, n, d] @ operator, as `left`."""
 
     def apply_left(self, matrix: Tensor, tensor: Tensor) -> Tensor:
         """S @ matrix, matrix [p, d, n]."""
-        return self._left(tensor, matrix.to(tensor.dtype)).to(matrix.dtype)
+        return self.left(tensor, matrix.to(tensor.dtype)).to(matrix.dtype)
 
     def apply_right(self, matrix: Tensor, tensor: Tensor) -> Tensor:
         """matrix @ S, matrix [p, n, d]."""
-        return self._right(matrix.to(tensor.dtype), tensor).to(matrix.dtype)
+        return self.right(matrix.to(tensor.dtype), tensor).to(matrix.dtype)
 
     def rotate_left(self, matrix: Tensor, basis: Tensor | None) -> Tensor:
         """Q^T @ matrix, matrix [p, d, n]."""
-        return matrix if basis is None else self._left(basis.mT, matrix.to(basis.dtype)).to(matrix.dtype)
+        return matrix if basis is None else self.left(basis.mT, matrix.to(basis.dtype)).to(matrix.dtype)
 
     def rotate_right(self, matrix: Tensor, basis: Tensor | None) -> Tensor:
         """matrix @ Q, matrix [p, n, d]."""
-        return matrix if basis is None else self._right(matrix.to(basis.dtype), basis).to(matrix.dtype)
+        return matrix if basis is None else self.right(matrix.to(basis.dtype), basis).to(matrix.dtype)
 
     def unrotate_left(self, matrix: Tensor, basis: Tensor | None) -> Tensor:
         """Q @ matrix, matrix [p, d, n]."""
-        return matrix if basis is None else self._left(basis, matrix.to(basis.dtype)).to(matrix.dtype)
+        return matrix if basis is None else self.left(basis, matrix.to(basis.dtype)).to(matrix.dtype)
 
     def unrotate_right(self, matrix: Tensor, basis: Tensor | None) -> Tensor:
         """matrix @ Q^T, matrix [p, n, d]."""
-        return matrix if basis is None else self._right(matrix.to(basis.dtype), basis.mT).to(matrix.dtype)
+        return matrix if basis is None else self.right(matrix.to(basis.dtype), basis.mT).to(matrix.dtype)
 
     @abstractmethod
     def product_size(self, d: int) -> int:
@@ -148,11 +152,11 @@ class Dense(Structure):
     def eigh(self, tensor: Tensor, d: int) -> tuple[Tensor, Tensor | None]:
         return positive_eigh(tensor)
 
-    def _left(self, operator: Tensor, matrix: Tensor) -> Tensor:
-        return multiply(operator, matrix)
+    def left(self, operator: Tensor, matrix: Tensor, work: Workspace | None = None) -> Tensor:
+        return torch.bmm(operator, matrix, out=scratch(work, "left", matrix))
 
-    def _right(self, matrix: Tensor, operator: Tensor) -> Tensor:
-        return multiply(matrix, operator)
+    def right(self, matrix: Tensor, operator: Tensor, work: Workspace | None = None) -> Tensor:
+        return torch.bmm(matrix, operator, out=scratch(work, "right", matrix))
 
     def product_size(self, d: int) -> int:
         return d * d
@@ -232,9 +236,27 @@ class Blocks(Structure):
         values[:, -rest:], basis[:, -1, :rest, :rest] = positive_eigh(tensor[:, -1, :rest, :rest])
         return values, basis
 
-    def _left(self, operator: Tensor, matrix: Tensor) -> Tensor:
-        p, d, n = matrix.shape
-        return (operator @ self._split(matrix)).reshape(p, -1, n)[:, :d]
+    def left(self, operator: Tensor, matrix: Tensor, work: Workspace | None = None) -> Tensor:
+        return self._multiply(operator, matrix, scratch(work, "left", matrix))
+
+    def right(self, matrix: Tensor, operator: Tensor, work: Workspace | None = None) -> Tensor:
+        out = scratch(work, "right", matrix)
+        self._multiply(operator.mT, matrix.mT, out.mT)
+        return out
+
+    def _multiply(self, operator: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
+        """operator @ matrix [p, d, n] into out."""
+        p, d, _ = matrix.shape
+        whole, rest = divmod(d, self.size)
+        if whole:
+            # One batched product for each p or for each block, whichever are fewer.
+            axis, split = int(p > whole), (whole, self.size)
+            parts = (operator[:, :whole], *(x[:, : d - rest].unflatten(1, split) for x in (matrix, out)))
+            for block, rows, product in zip(*(part.unbind(axis) for part in parts), strict=True):
+                torch.bmm(block, rows, out=product)
+        if rest:  # without the padding
+            torch.bmm(operator[:, -1, :rest, :rest], matrix[:, -rest:], out=out[:, -rest:])
+        return out
 
     def product_size(self, d: int) -> int:
         return self._count(d) * self.size**2
@@ -286,11 +308,11 @@ class Diagonal(Structure):
         require_finite(tensor, "diagonal factor")
         return tensor.clamp_min(0), None
 
-    def _left(self, operator: Tensor, matrix: Tensor) -> Tensor:
-        return operator[:, :, None] * matrix
+    def left(self, operator: Tensor, matrix: Tensor, work: Workspace | None = None) -> Tensor:
+        return torch.mul(operator[:, :, None], matrix, out=scratch(work, "left", matrix))
 
-    def _right(self, matrix: Tensor, operator: Tensor) -> Tensor:
-        return matrix * operator[:, None, :]
+    def right(self, matrix: Tensor, operator: Tensor, work: Workspace | None = None) -> Tensor:
+        return torch.mul(matrix, operator[:, None, :], out=scratch(work, "right", matrix))
 
     def product_size(self, d: int) -> int:
         return d
@@ -334,10 +356,10 @@ class Identity(Structure):
     def eigh(self, tensor: Tensor, d: int) -> tuple[Tensor, Tensor | None]:
         return tensor.new_ones(tensor.shape[0], d), None
 
-    def _left(self, operator: Tensor, matrix: Tensor) -> Tensor:
+    def left(self, operator: Tensor, matrix: Tensor, work: Workspace | None = None) -> Tensor:
         return matrix
 
-    def _right(self, matrix: Tensor, operator: Tensor) -> Tensor:
+    def right(self, matrix: Tensor, operator: Tensor, work: Workspace | None = None) -> Tensor:
         return matrix
 
     def product_size(self, d: int) -> int:
@@ -422,17 +444,26 @@ class SpatiallyUncorrelated(Structure):
         values, basis = positive_eigh(tensor)
         return F.pad(values.repeat_interleave(self.kernel, -1), (0, int(self.bias)), value=1.0), basis
 
-    def _left(self, operator: Tensor, matrix: Tensor) -> Tensor:
-        p, d, n = matrix.shape
-        channels = self._channels(d)
-        spatial = matrix[:, : d - self.bias].reshape(p, channels, self.kernel * n)
-        product = multiply(operator[:, :channels, :channels], spatial).reshape(p, d - self.bias, n)
-        if not self.bias:
-            return product
-        last = matrix[:, -1:]
-        if operator.shape[-1] > channels:
-            last = operator[:, -1:, -1:] * last
-        return torch.cat((product, last), dim=1)
+    def left(self, operator: Tensor, matrix: Tensor, work: Workspace | None = None) -> Tensor:
+        return self.right(matrix.mT, operator.mT, work).mT
+
+    def right(self, matrix: Tensor, operator: Tensor, work: Workspace | None = None) -> Tensor:
+        p, n, d = matrix.shape
+        channels, spatial = self._channels(d), d - self.bias
+        out = scratch(work, "right", matrix)
+        before, after = (x[..., :spatial].unflatten(2, (channels, self.kernel)).transpose(1, 2) for x in (matrix, out))
+        # Rows and kernel positions side by side, so that all channels are multiplied in one product.
+        work = Workspace() if work is None else work
+        columns = work.take("columns", (p, channels, n * self.kernel), matrix.dtype, matrix.device)
+        product = work.take("columns product", (p, channels, n * self.kernel), matrix.dtype, matrix.device)
+        columns.view(before.shape).copy_(before)
+        torch.bmm(operator.mT[:, :channels, :channels], columns, out=product)
+        after.copy_(product.view(before.shape))
+        if self.bias:
+            out[..., -1:].copy_(matrix[..., -1:])
+            if operator.shape[-1] > channels:
+                out[..., -1:].mul_(operator[:, -1:, -1:])
+        return out
 
     def product_size(self, d: int) -> int:
         return self._channels(d) ** 2 * self.kernel

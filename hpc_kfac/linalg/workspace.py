@@ -9,15 +9,42 @@ from torch import Tensor
 
 
 class Workspace:
-    """Named scratch. Each name is one piece of memory that grows to the largest request and is lent again every time."""
+    """Named scratch. Each name is one piece of memory, grown to the largest request and lent again every time."""
 
     def __init__(self) -> None:
         self._pieces: dict[tuple[str, torch.device], Tensor] = {}
+        # Views are kept, because making one takes as long as a small product.
+        self._views: dict[tuple[str, torch.Size | tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A contiguous tensor with arbitrary content; valid until the same name is taken again."""
-        size = math.prod(shape) * dtype.itemsize
+        key = (name, shape, dtype, device)
+        view = self._views.get(key)
+        if view is None:
+            size = math.prod(shape) * dtype.itemsize
+            view = self._views[key] = self._piece(name, size, device)[:size].view(dtype).view(shape)
+        return view
+
+    def like(self, name: str, tensor: Tensor) -> Tensor:
+        """As `take`, with shape, dtype and device of a tensor [..., m, n]; transposed in memory where that one is."""
+        if not tensor.is_contiguous() and tensor.mT.is_contiguous():
+            return self.take(name, tensor.mT.shape, tensor.dtype, tensor.device).mT
+        return self.take(name, tensor.shape, tensor.dtype, tensor.device)
+
+    def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor itself where it has the dtype already, otherwise a copy in scratch."""
+        if tensor.dtype == dtype:
+            return tensor
+        return self.take(name, tensor.shape, dtype, tensor.device).copy_(tensor)
+
+    def _piece(self, name: str, size: int, device: torch.device) -> Tensor:
         piece = self._pieces.get((name, device))
         if piece is None or piece.numel() < size:
+            self._views = {key: view for key, view in self._views.items() if (key[0], key[3]) != (name, device)}
             piece = self._pieces[name, device] = torch.empty(size, dtype=torch.uint8, device=device)
-        return piece[:size].view(dtype).view(shape)
+        return piece
+
+
+def scratch(work: Workspace | None, name: str, like: Tensor) -> Tensor:
+    """`Workspace.like`, or a new tensor without a workspace."""
+    return torch.empty_like(like) if work is None else work.like(name, like)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from hpc_kfac.methods.kronecker import EIGH, Kronecker, eigenvalue_grid, mean_or_one
+from hpc_kfac.linalg.workspace import Workspace
+from hpc_kfac.methods.kronecker import EIGH, Kronecker, block_means, eigenvalue_grid
 from hpc_kfac.methods.method import Cost, State, StateSpec
 
 if TYPE_CHECKING:
@@ -71,12 +73,17 @@ class EKFAC(Kronecker):
         moment = g_structure.unrotate_left(old["second_moment"].clone(), g_change)
         return a_structure.unrotate_right(moment, a_change)
 
-    def precondition(self, gradient: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
-        moment = state["second_moment"].to(gradient.dtype)
-        scale: Tensor | float = damping
+    def precondition(
+        self, gradient: Tensor, state: State, shape: LayerShape, damping: float, work: Workspace | None = None
+    ) -> Tensor:
+        work = Workspace() if work is None else work
+        moment = work.cast("moment", state["second_moment"], gradient.dtype)
+        damped = work.like("damped", gradient)
         if self.relative_damping:
-            scale = damping * mean_or_one(moment.mean((1, 2), keepdim=True))
-        return self.from_basis(self.to_basis(gradient, state, shape) / (moment + scale), state, shape)
+            torch.add(moment, block_means(moment, work).mul_(damping), out=damped)
+        else:
+            torch.add(moment, damping, out=damped)
+        return self.divide_in_basis(gradient, damped, state, shape, work)
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         rotated = self.to_basis(delta, state, shape)

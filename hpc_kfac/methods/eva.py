@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.damping import Damping
-from hpc_kfac.linalg.solve import multiply, require_finite
+from hpc_kfac.linalg.solve import require_finite
+from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, Method, State, StateSpec
 
 if TYPE_CHECKING:
@@ -54,26 +55,35 @@ class Eva(Method):
             require_finite(state[name], name)
         return {}
 
-    def precondition(self, gradient: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
-        a, g = _vectors(state, gradient.dtype)
-        curvature = a.square().sum((1, 2)) * g.square().sum((1, 2))
-        share = _product(gradient, a, g) / (damping + curvature)
-        correction = g * share[:, None, None]
-        return torch.baddbmm(gradient, correction, a.mT, beta=1.0 / damping, alpha=-1.0 / damping)
+    def precondition(
+        self, gradient: Tensor, state: State, shape: LayerShape, damping: float, work: Workspace | None = None
+    ) -> Tensor:
+        work = Workspace() if work is None else work
+        a, g = _vectors(state, gradient.dtype, work)
+        one = (shape.blocks, 1, 1)
+        curvature, other = (work.take(name, one, gradient.dtype, gradient.device) for name in ("curvature", "other"))
+        torch.bmm(a.mT, a, out=curvature).mul_(torch.bmm(g.mT, g, out=other))
+        share = _product(gradient, a, g, work).div_(curvature.add_(damping))
+        correction = torch.mul(g, share, out=work.like("correction", g))
+        update = work.like("update", gradient)
+        return torch.baddbmm(gradient, correction, a.mT, beta=1.0 / damping, alpha=-1.0 / damping, out=update)
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
-        return _product(delta, *_vectors(state, delta.dtype)).square().sum()
+        work = Workspace()
+        return _product(delta, *_vectors(state, delta.dtype, work), work).square().sum()
 
     def cost(self, shape: LayerShape) -> Cost:
         """Flops: a + o a row, 5 a o for one gradient, no refresh."""
         return Cost(float(shape.blocks * (shape.inputs + shape.outputs)), 0.0, 5.0 * shape.parameters)
 
 
-def _vectors(state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _vectors(state: State, dtype: torch.dtype, work: Workspace) -> tuple[Tensor, Tensor]:
     """The means as columns [p, a, 1] and [p, o, 1]."""
-    return state["a_mean"].to(dtype)[:, :, None], state["g_mean"].to(dtype)[:, :, None]
+    a, g = (work.cast(name, state[name], dtype) for name in ("a_mean", "g_mean"))
+    return a[:, :, None], g[:, :, None]
 
 
-def _product(matrix: Tensor, a: Tensor, g: Tensor) -> Tensor:
-    """g^T matrix a for each block, [p]."""
-    return (multiply(matrix, a) * g).sum((1, 2))
+def _product(matrix: Tensor, a: Tensor, g: Tensor, work: Workspace) -> Tensor:
+    """g^T matrix a for each block, [p, 1, 1], in scratch."""
+    column = torch.bmm(matrix, a, out=work.like("column", g))
+    return torch.bmm(g.mT, column, out=work.take("product", (g.shape[0], 1, 1), g.dtype, g.device))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from hpc_kfac.methods.kronecker import COMPOSE, EIGH, INVERSE, Kronecker, as_operand, eigenvalue_grid, mean_or_one
+from hpc_kfac.linalg.workspace import Workspace
+from hpc_kfac.methods.kronecker import COMPOSE, EIGH, INVERSE, Kronecker, block_means, mean_or_one
 from hpc_kfac.methods.method import Cost, State, StateSpec
 
 if TYPE_CHECKING:
@@ -122,41 +123,46 @@ class KFAC(Kronecker):
         pi = (means["A"] / means["G"]).sqrt()
         return {"A": root * pi, "G": root / pi}
 
-    def precondition(self, gradient: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, state: State, shape: LayerShape, damping: float, work: Workspace | None = None
+    ) -> Tensor:
+        work = Workspace() if work is None else work
         if not self.sides(shape):
-            return gradient / (1.0 + damping) ** self.power
+            return torch.div(gradient, (1.0 + damping) ** self.power, out=work.like("update", gradient))
         if self._exact:
-            rotated = self.to_basis(gradient, state, shape)
-            damped = self._damped_values(state, shape, damping, gradient.dtype)
-            return self.from_basis(rotated.div(damped), state, shape)
+            damped = self._damped_values(state, shape, damping, gradient.dtype, work)
+            return self.divide_in_basis(gradient, damped, state, shape, work)
         a_solved, g_solved = self._by_side(state, shape, "_" + self._solved_name)
-        update = self._apply_left(as_operand(gradient, a_solved, g_solved), g_solved, shape)
-        return self._apply_right(update, a_solved, shape).to(gradient.dtype)
+        return work.cast("update", self.two_sided(gradient, g_solved, a_solved, shape, work), gradient.dtype)
 
     def _by_side(self, state: State, shape: LayerShape, suffix: str) -> tuple[Tensor | None, Tensor | None]:
         """The A and the G tensor of a kind, None for an identity."""
         found = {name: state[name + suffix] for name, _, _ in self.sides(shape)}
         return found.get("A"), found.get("G")
 
-    def _apply_left(self, matrix: Tensor, tensor: Tensor | None, shape: LayerShape) -> Tensor:
-        return matrix if tensor is None else self.structures(shape)[1].apply_left(matrix, tensor)
-
-    def _apply_right(self, matrix: Tensor, tensor: Tensor | None, shape: LayerShape) -> Tensor:
-        return matrix if tensor is None else self.structures(shape)[0].apply_right(matrix, tensor)
-
-    def _damped_values(self, state: State, shape: LayerShape, damping: float, dtype: torch.dtype) -> Tensor:
+    def _damped_values(
+        self, state: State, shape: LayerShape, damping: float, dtype: torch.dtype, work: Workspace
+    ) -> Tensor:
         """d_G d_A^T + damping, broadcasting to [p, o, a]."""
-        values = [None if side is None else side.to(dtype) for side in self._by_side(state, shape, "_values")]
-        scale: Tensor | float = damping
-        if self.relative_damping:
-            for side in values:
-                if side is not None:
-                    scale = scale * mean_or_one(side.mean(-1))[:, None, None]
-        return eigenvalue_grid(*values) + scale
+        a_values, g_values = self._by_side(state, shape, "_values")
+        a = None if a_values is None else work.cast("A values", a_values, dtype)[:, None, :]
+        g = None if g_values is None else work.cast("G values", g_values, dtype)[:, :, None]
+        sides = [side for side in (g, a) if side is not None]
+        size = (shape.blocks, 1 if g is None else shape.outputs, 1 if a is None else shape.inputs)
+        damped = work.take("damped", size, dtype, sides[0].device)
+        values = sides[0] if g is None or a is None else torch.mul(g, a, out=damped)
+        if not self.relative_damping:
+            return torch.add(values, damping, out=damped)
+        scale = work.take("scale", (shape.blocks, 1, 1), dtype, damped.device).fill_(damping)
+        for side in sides:
+            scale.mul_(block_means(side, work))
+        return torch.add(values, scale, out=damped)
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         a_factor, g_factor = self._by_side(state, shape, "")
-        return (self._apply_left(delta, g_factor, shape) * self._apply_right(delta, a_factor, shape)).sum()
+        work = Workspace()
+        left = self.two_sided(delta, g_factor, None, shape, work)
+        return (left * self.two_sided(delta, None, a_factor, shape, work)).sum()
 
     def cost(self, shape: LayerShape) -> Cost:
         """Flops of dense factors: statistics 2 (a^2 + o^2) for a row, eigh 9 n^3, Cholesky inverse n^3, root 11 n^3,

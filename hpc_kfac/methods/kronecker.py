@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hpc_kfac.damping import Damping
 from hpc_kfac.linalg.structure import Blocks, Dense, Diagonal, Identity, SpatiallyUncorrelated, Structure
+from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Method, State, StateSpec
 
 if TYPE_CHECKING:
@@ -127,19 +128,30 @@ class Kronecker(Method):
             None if g_structure.basis_shape(1, shape.outputs) is None else state["G_basis"],
         )
 
+    def two_sided(
+        self, matrix: Tensor, left: Tensor | None, right: Tensor | None, shape: LayerShape, work: Workspace
+    ) -> Tensor:
+        """left @ matrix @ right, None for an identity, in the operands' dtype. In scratch, or the matrix itself."""
+        a_structure, g_structure = self.structures(shape)
+        if left is not None:
+            matrix = g_structure.left(left, work.cast("operand", matrix, left.dtype), work)
+        if right is not None:
+            matrix = a_structure.right(work.cast("operand", matrix, right.dtype), right, work)
+        return matrix
+
+    def divide_in_basis(
+        self, matrix: Tensor, values: Tensor, state: State, shape: LayerShape, work: Workspace
+    ) -> Tensor:
+        """Q_G [(Q_G^T matrix Q_A) / values] Q_A^T, in the dtype of the matrix and in scratch."""
+        a_basis, g_basis = self.bases(state, shape)
+        rotated = work.cast("rotated", self.two_sided(matrix, _transposed(g_basis), a_basis, shape, work), matrix.dtype)
+        divided = torch.div(rotated, values, out=work.like("divided", matrix))
+        return work.cast("update", self.two_sided(divided, g_basis, _transposed(a_basis), shape, work), matrix.dtype)
+
     def to_basis(self, matrix: Tensor, state: State, shape: LayerShape) -> Tensor:
         """Q_G^T matrix Q_A, in the dtype of the matrix."""
-        a_structure, g_structure = self.structures(shape)
         a_basis, g_basis = self.bases(state, shape)
-        rotated = g_structure.rotate_left(as_operand(matrix, a_basis, g_basis), g_basis)
-        return a_structure.rotate_right(rotated, a_basis).to(matrix.dtype)
-
-    def from_basis(self, matrix: Tensor, state: State, shape: LayerShape) -> Tensor:
-        """Q_G matrix Q_A^T, in the dtype of the matrix."""
-        a_structure, g_structure = self.structures(shape)
-        a_basis, g_basis = self.bases(state, shape)
-        rotated = g_structure.unrotate_left(as_operand(matrix, a_basis, g_basis), g_basis)
-        return a_structure.unrotate_right(rotated, a_basis).to(matrix.dtype)
+        return self.two_sided(matrix, _transposed(g_basis), a_basis, shape, Workspace()).to(matrix.dtype)
 
     def statistics_flops(self, shape: LayerShape) -> float:
         return 2.0 * shape.blocks * sum(structure.product_size(d) for _, structure, d in self.sides(shape))
@@ -173,9 +185,15 @@ def mean_or_one(mean: Tensor) -> Tensor:
     return torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
-def as_operand(matrix: Tensor, *operands: Tensor | None) -> Tensor:
-    """The matrix in the dtype of the operands, cast once for all products."""
-    for operand in operands:
-        if operand is not None:
-            return matrix.to(operand.dtype)
-    return matrix
+def block_means(values: Tensor, work: Workspace) -> Tensor:
+    """Mean of each block's values [p, m, n], as `mean_or_one`: [p, 1, 1], in scratch."""
+    shape = (values.shape[0], 1, 1)
+    means = work.take("means", shape, values.dtype, values.device)
+    torch.mean(values, (1, 2), keepdim=True, out=means)
+    positive = work.take("positive", shape, torch.bool, values.device)
+    torch.gt(means, 0, out=positive).logical_not_()
+    return means.masked_fill_(positive, 1.0)
+
+
+def _transposed(basis: Tensor | None) -> Tensor | None:
+    return None if basis is None else basis.mT

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from hpc_kfac.damping import Damping, positive
+from hpc_kfac.linalg.workspace import Workspace
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -115,8 +116,19 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def precondition(self, gradient: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
-        """The preconditioned gradient, [p, o, a] -> [p, o, a]."""
+    def precondition(
+        self, gradient: Tensor, state: State, shape: LayerShape, damping: float, work: Workspace | None = None
+    ) -> Tensor:
+        """The preconditioned gradient, [p, o, a] -> [p, o, a]; the given one is not changed.
+
+        Args:
+            gradient: D, a tensor of its own or the workspace's "gradient".
+            state: the solved tensors.
+            shape: of the layer.
+            damping: of this step.
+            work: for everything that is needed meanwhile, and for the result, which is valid until the next call; a new
+                one by default.
+        """
 
     @abstractmethod
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:

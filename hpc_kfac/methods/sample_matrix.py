@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hpc_kfac.damping import Damping
 from hpc_kfac.linalg.solve import damped_inverse, multiply
+from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, Method, State, StateSpec
 
 if TYPE_CHECKING:
@@ -79,16 +81,22 @@ class SampleMatrix(Method):
             "kernel_damping": inputs.new_full((shape.blocks,), damping),
         }
 
-    def precondition(self, gradient: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, state: State, shape: LayerShape, damping: float, work: Workspace | None = None
+    ) -> Tensor:
         # The subtraction cancels most digits where the curvature is far above the damping: never below the rows' dtype.
+        work = Workspace() if work is None else work
         inputs, outputs = state["X_solved"], state["R_solved"]
-        work = gradient.to(inputs.dtype)
-        weights = multiply(state["kernel_inverse"], _products(work, inputs, outputs))
-        update = work - multiply((outputs * weights).mT, inputs)
-        return (update / state["kernel_damping"][:, None, None]).to(gradient.dtype)
+        exact = work.cast("exact", gradient, inputs.dtype)
+        products = _products(exact, inputs, outputs, work)
+        weights = torch.bmm(state["kernel_inverse"], products, out=work.like("weights", products))
+        weighted = torch.mul(outputs, weights, out=work.like("weighted", outputs))
+        update = torch.bmm(weighted.mT, inputs, out=work.like("correction", exact))
+        torch.sub(exact, update, out=update).div_(state["kernel_damping"][:, None, None])
+        return work.cast("update", update, gradient.dtype)
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
-        products = _products(delta.to(state["X"].dtype), state["X"], state["R"])
+        products = _products(delta.to(state["X"].dtype), state["X"], state["R"], Workspace())
         return (products.square() / _samples(state)).sum()
 
     def cost(self, shape: LayerShape) -> Cost:
@@ -103,6 +111,8 @@ def _samples(state: State) -> Tensor:
     return state["valid"].sum(1, keepdim=True).clamp_min(1.0)
 
 
-def _products(matrix: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """g_n^T matrix x_n of each row, [p, n, 1]."""
-    return (multiply(inputs, matrix.mT) * outputs).sum(-1, keepdim=True)
+def _products(matrix: Tensor, inputs: Tensor, outputs: Tensor, work: Workspace) -> Tensor:
+    """g_n^T matrix x_n of each row, [p, n, 1], in scratch."""
+    rows = torch.bmm(inputs, matrix.mT, out=work.like("weighted", outputs)).mul_(outputs)
+    products = work.take("products", (*rows.shape[:2], 1), rows.dtype, rows.device)
+    return torch.sum(rows, -1, keepdim=True, out=products)
