@@ -1,14 +1,16 @@
 """Second-order training of deep networks on supercomputers: Kronecker-factored curvature spread over MPI ranks."""
 
+from hpc_kfac.consistency import WeightsDiffer
 from hpc_kfac.damping import Damping, LevenbergMarquardt, ScheduledDamping
-from hpc_kfac.distributed import Kaisa
-from hpc_kfac.execution import LayerReport, StepReport
+from hpc_kfac.distributed import Kaisa, Rates
 from hpc_kfac.fisher import BinaryCrossEntropy, CrossEntropy, OutputDistribution, SquaredError
 from hpc_kfac.methods import EKFAC, KFAC, Eva, Method, SampleMatrix
+from hpc_kfac.owner_optimizer import OwnerOptimizer
 from hpc_kfac.preconditioner import Preconditioner, TrainingDiverged
-from hpc_kfac.schedule import Schedule
+from hpc_kfac.schedule import Schedule, Similarity, TraceChange
 from hpc_kfac.step_control import FixedNorm, KLClip, TrustRegion
 from hpc_kfac.step_plan import Precision
+from hpc_kfac.step_report import LayerReport, StepReport
 
 __version__ = "0.1.0"
 
@@ -26,13 +28,18 @@ __all__ = [
     "LevenbergMarquardt",
     "Method",
     "OutputDistribution",
+    "OwnerOptimizer",
     "Precision",
     "Preconditioner",
+    "Rates",
     "SampleMatrix",
     "Schedule",
     "ScheduledDamping",
+    "Similarity",
     "SquaredError",
     "StepReport",
+    "TraceChange",
     "TrainingDiverged",
     "TrustRegion",
+    "WeightsDiffer",
 ]

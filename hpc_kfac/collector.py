@@ -1,18 +1,24 @@
-"""Statistics of one optimisation step: from captured passes, micro-batch by micro-batch, into the running averages."""
+"""Statistics of one optimisation step: from captured passes, micro-batch by micro-batch, into the running averages.
+
+With the empirical Fisher a layer's statistics are computed in the backward pass, as soon as the gradient of its weight
+is complete; with the others in `observe`. The last micro-batch completes the layer: its running averages can be reduced
+while the backward pass goes on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hpc_kfac.execution import LayerState
 from hpc_kfac.fisher import OutputDistribution, Uniform
 from hpc_kfac.keyed_random import uniform
 from hpc_kfac.layers import Capture, LayerBatch, LayerShape
 from hpc_kfac.methods.method import Method, State
+from hpc_kfac.step_report import LayerState
+from hpc_kfac.timing import timed
 
 FisherSource = Literal["empirical", "sampled", "exact"]
 
@@ -29,9 +35,15 @@ class Collector:
         seed: for sampled labels.
         rank: this rank.
         ranks: number of ranks.
+        micro_batches: forward and backward passes of an optimisation step.
+        ready: called with the name of a layer whose running averages are complete for the step.
+        timings: gets the seconds of statistics.
+
+    Attributes:
+        folds: how often statistics were folded; the first time they become the running averages.
 
     Raises:
-        ValueError: an unknown source.
+        ValueError: an unknown source, or no micro-batch.
     """
 
     def __init__(
@@ -44,13 +56,21 @@ class Collector:
         seed: int,
         rank: int,
         ranks: int,
+        micro_batches: int,
+        ready: Callable[[str], None],
+        timings: dict[str, float],
     ) -> None:
         if fisher not in ("empirical", "sampled", "exact"):
             raise ValueError(f"fisher is {fisher!r}; use 'empirical', 'sampled' or 'exact'")
+        if micro_batches < 1:
+            raise ValueError(f"micro_batches is {micro_batches}; give the number of backward passes of a step")
         self._capture, self._method, self._shapes, self._states = capture, method, shapes, states
         self._fisher, self._seed, self._rank, self._ranks = fisher, seed, rank, ranks
+        self._micro_batches, self._ready, self._timings = micro_batches, ready, timings
+        self.folds = 0
         capture.keep_output_gradients = fisher == "empirical"
-        capture.on_boundary = self.take
+        capture.on_boundary = self._next_micro_batch
+        capture.on_gradient = self._reached
         self.start(0, armed=False)
 
     def start(self, step: int, armed: bool) -> None:
@@ -59,7 +79,9 @@ class Collector:
         self._capture.armed = armed
         self._step = step
         self._fresh: dict[str, tuple[State, float]] = {}
+        self._folded: set[str] = set()
         self._observed: tuple[float | None, float | None, Tensor | None] = (None, None, None)
+        self._begun = 0  # micro-batches, as far as they show
         self._sampled = 0  # rows of this step's earlier micro-batches
 
     def observe(
@@ -79,26 +101,75 @@ class Collector:
             reduction = terms if loss.reduction == "mean" else 1.0
             self._observed = (terms, reduction / loss_scale if terms > 0 else 0.0, mask)
         else:
-            self._derive(outputs, loss, terms, mask, sample_index)
-
-    def take(self) -> None:
-        """Takes in what backward passes have delivered since the last call (empirical Fisher)."""
-        if self._fisher != "empirical":
-            return
-        count, scale, mask = self._observed
-        self._observed = (None, None, None)
-        self._accumulate(self._capture.take(count, scale, mask))
+            self._begun += 1
+            with timed(self._timings, "statistics"):
+                self._derive(outputs, loss, terms, mask, sample_index)
+            if self._begun == self._micro_batches:
+                for name in [name for name in reversed(tuple(self._states)) if name in self._fresh]:
+                    self._complete(name)
 
     def fold(self) -> None:
-        """Folds the step's statistics into the running averages, which stay weighted by their loss terms."""
-        for name, state in self._states.items():
-            fresh, count = self._fresh.get(name, ({}, 0.0))
-            old = self._method.decay * state.weight
-            new = old + (1.0 - self._method.decay if state.weight > 0 else 1.0) * count
-            if count > 0:
-                self._method.fold(state.running, fresh, old / new)
-            state.weight = new
-        self._fresh = {}
+        """Folds what is left of the step's statistics; layers that were not used only age.
+
+        Raises:
+            RuntimeError: more passes than `micro_batches`.
+        """
+        if self._begun > self._micro_batches:
+            raise RuntimeError(
+                f"the step has {self._begun} forward and backward passes, and the preconditioner was told of"
+                f" {self._micro_batches}: use Preconditioner(..., micro_batches={self._begun})"
+            )
+        if self._fisher == "empirical":
+            for name in self._states:
+                self._collect(name)
+        for name in self._states:
+            if name not in self._folded:
+                self._fold(name)
+
+    def finish(self, applied: bool) -> None:
+        """Ends a step with statistics. If the first one of all came to nothing, the next one is the first again."""
+        if applied or self.folds:
+            self.folds += 1
+            return
+        for state in self._states.values():
+            state.running.clear()
+            state.weight = 0.0
+
+    def _next_micro_batch(self) -> None:
+        if self._fisher == "empirical":
+            for name in self._states:
+                self._collect(name)
+            self._observed = (None, None, None)
+            self._begun = self._capture.micro_batch + 2
+
+    def _reached(self, name: str) -> None:
+        """A backward pass has completed the layer's weight gradient."""
+        if self._fisher == "empirical":
+            self._collect(name)
+            if self._capture.micro_batch == self._micro_batches - 1 and name in self._fresh:
+                self._complete(name)
+
+    def _collect(self, name: str) -> None:
+        with timed(self._timings, "statistics"):
+            batch = self._capture.take(name, *self._observed)
+            if batch is not None:
+                self._accumulate(name, batch)
+
+    def _complete(self, name: str) -> None:
+        with timed(self._timings, "statistics"):
+            self._fold(name)
+        self._ready(name)
+
+    def _fold(self, name: str) -> None:
+        """Folds a layer's statistics into its running averages, which stay weighted by their loss terms."""
+        state = self._states[name]
+        fresh, count = self._fresh.pop(name, ({}, 0.0))
+        old = self._method.decay * state.weight
+        new = old + (1.0 - self._method.decay if self.folds else 1.0) * count
+        if count > 0:
+            self._method.fold(state.running, fresh, old / new)
+        state.weight = new
+        self._folded.add(name)
 
     def _derive(
         self, outputs: Tensor, loss: OutputDistribution, terms: float, mask: Tensor | None, sample_index: Tensor | None
@@ -119,7 +190,8 @@ class Collector:
             outputs, edges, grad_outputs=seeds, retain_graph=True, allow_unused=True, is_grads_batched=exact
         )
         by_use = {use: gradient for (_, use), gradient in zip(pairs, gradients, strict=True)}
-        self._accumulate(self._capture.take_gradients(by_use, count=terms, draws=exact, mask=mask))
+        for name, batch in self._capture.take_gradients(by_use, count=terms, draws=exact, mask=mask).items():
+            self._accumulate(name, batch)
 
     def _label_source(self, outputs: Tensor, sample_index: Tensor | None) -> Uniform:
         rows = outputs.shape[0]
@@ -134,20 +206,20 @@ class Collector:
 
         return draw
 
-    def _accumulate(self, batches: Mapping[str, LayerBatch]) -> None:
+    @torch.no_grad()
+    def _accumulate(self, name: str, batch: LayerBatch) -> None:
         """Statistics of one micro-batch, merged with those of the earlier ones of this step."""
-        for name, batch in batches.items():
-            if batch.count <= 0:
-                continue
-            fresh = self._method.statistics(batch, self._states[name].view(), self._shapes[name])
-            if not all(bool(torch.isfinite(tensor.sum())) for tensor in fresh.values()):
-                continue  # an overflown micro-batch, as a gradient scaler meets now and then
-            if name in self._fresh:
-                merged, count = self._fresh[name]
-                self._method.fold(merged, fresh, count / (count + batch.count))
-                self._fresh[name] = (merged, count + batch.count)
-            else:
-                self._fresh[name] = (fresh, batch.count)
+        if batch.count <= 0:
+            return
+        fresh = self._method.statistics(batch, self._states[name].view(), self._shapes[name])
+        if not all(bool(torch.isfinite(tensor.sum())) for tensor in fresh.values()):
+            return  # an overflown micro-batch, as a gradient scaler meets now and then
+        if name in self._fresh:
+            merged, count = self._fresh[name]
+            self._method.fold(merged, fresh, count / (count + batch.count))
+            self._fresh[name] = (merged, count + batch.count)
+        else:
+            self._fresh[name] = (fresh, batch.count)
 
 
 def _aligned(mask: Tensor, seeds: Tensor, outputs: Tensor) -> Tensor:

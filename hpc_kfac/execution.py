@@ -1,31 +1,43 @@
-"""Executes a step plan on this rank: reduces, decomposes, broadcasts, preconditions, and agrees on the step's length.
+"""Executes a step plan on this rank.
 
-Operations are run in the plan's order. Collectives of one kind are posted one after another and finished together
-before the next kind of operation begins.
+Operations are run in the plan's order, which is the same on all ranks. Collectives are only posted; each is waited for
+when an operation needs what it brings. Reductions of running averages are posted already during the backward pass: a
+layer that is complete is marked as ready, and buckets go out in the plan's order as far as they are complete.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hpc_kfac.distributed.communicator import Communicator
-from hpc_kfac.distributed.layout import Message
+from hpc_kfac.agreement import Agreed, Agreement
+from hpc_kfac.distributed.buffers import BufferPool
+from hpc_kfac.distributed.communicator import Communicator, Work
+from hpc_kfac.distributed.groups import Groups
+from hpc_kfac.exchange import Exchange, Finish
 from hpc_kfac.layers import CapturedLayer
+from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import State
-from hpc_kfac.step_control import FixedNorm, KLClip, StepControl
-from hpc_kfac.step_plan import SOLVED, WEIGHT, Operation, Problem
+from hpc_kfac.schedule import Similarity, TraceChange
+from hpc_kfac.solving import Solver
+from hpc_kfac.step_control import FixedNorm, StepControl
+from hpc_kfac.step_plan import Due, Operation, Problem
+from hpc_kfac.step_report import LayerState, StepInputs
+from hpc_kfac.timing import Timeline
 
 PHASES = {
     "fold": "statistics",
     "reduce": "factor_allreduce",
+    "scaled": "factor_allreduce",
+    "scatter": "factor_allreduce",
     "gather": "factor_allreduce",
     "refresh": "refresh",
+    "launch": "refresh",
+    "collect": "refresh",
     "broadcast": "broadcast",
     "precondition": "precondition",
     "share": "precondition",
@@ -33,101 +45,51 @@ PHASES = {
 }
 """Which entry of the timings an operation counts for."""
 
-RETRIES = 3
-"""A decomposition that fails is tried again with ten times the damping, so many times."""
+WORK, STOP = 1.0, 0.0
+"""Orders to helper ranks."""
 
+EARLY = ("reduce", "scatter")
+"""Collectives that may be posted from the backward pass."""
 
-@dataclass(frozen=True)
-class LayerReport:
-    """How strongly a layer was preconditioned in a step.
-
-    Attributes:
-        cosine: between preconditioned and raw gradient; 1 means that the preconditioner did nothing but scale.
-        curvature_share: 1 - damping |U|^2 / <U, D>: the share of the step's quadratic form that comes from
-            curvature and not from damping; 0 is a no-op.
-    """
-
-    cosine: float
-    curvature_share: float
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did; equal on all ranks.
-
-    Attributes:
-        applied: False if the gradient was not finite on some rank; then no rank may step its optimizer.
-        kl_scale: the factor by which KLClip shortened the update.
-        damping: the damping used.
-        statistics: statistics were folded in.
-        refreshed: number of layers whose solved form was renewed.
-        failures: layers that kept their last good solved form because a decomposition failed.
-        scalars: sums over ranks of the scalars given to the step.
-        layers: by layer name, only when asked for.
-    """
-
-    applied: bool
-    kl_scale: float
-    damping: float
-    statistics: bool
-    refreshed: int
-    failures: int
-    scalars: dict[str, float]
-    layers: dict[str, LayerReport]
+NEEDS = {
+    "scaled": ("reduce",),
+    "refresh": ("reduce", "scaled", "scatter", "gather"),
+    "launch": ("reduce", "scaled", "scatter", "gather"),
+    "precondition": ("reduce", "scaled", "scatter", "gather", "broadcast"),
+}
+"""Collectives that must be over, as far as they concern the same layers, before an operation begins."""
 
 
 @dataclass
-class LayerState:
-    """One layer's tensors on this rank.
+class Flying:
+    """A collective that was posted."""
 
-    Attributes:
-        running: running averages; local between two reductions.
-        solved: what refreshes and gathers produced.
-        weight: loss terms that the running averages stand for.
-        refreshed: step of the last successful refresh, -1 before.
-    """
-
-    running: State = field(default_factory=dict)
-    solved: State = field(default_factory=dict)
-    weight: float = 0.0
-    refreshed: int = -1
-
-    def view(self) -> State:
-        """What a method sees: gathered tensors hide this rank's own part."""
-        return {**self.running, **self.solved}
-
-
-@dataclass
-class StepInputs:
-    """What a step needs besides the plan.
-
-    Attributes:
-        number: the step's number.
-        damping: damping of this step.
-        learning_rates: layer name -> learning rate.
-        scalars: numbers to be summed over ranks.
-        log: measure how strongly each layer is preconditioned.
-        fold: folds the step's statistics into the running averages.
-    """
-
-    number: int
-    damping: float
-    learning_rates: Mapping[str, float]
-    scalars: Mapping[str, float]
-    log: bool
-    fold: Callable[[], None]
+    kind: str
+    layers: frozenset[str]
+    works: list[Work]
+    finish: Finish
+    about: str
+    posted: float
 
 
 class Executor:
     """Runs plans.
 
     Args:
-        model: for its gradients, which are all checked, those that are left to the optimizer too.
+        model: for its gradients.
         layers: captured layers by name.
         states: their tensors on this rank.
-        problem: what the plans were made of.
+        problem: what the plans are made of.
         comm: all ranks.
         control: bounds the step.
+        adapt: compares factors with those of the last refresh, where the schedule depends on it.
+        timings: gets seconds by phase.
+        timeline: gets every operation's span.
+
+    Attributes:
+        overlap: post reductions during the backward pass.
+        waited: seconds blocked in collectives.
+        pool: buffers of all messages.
     """
 
     def __init__(
@@ -138,276 +100,212 @@ class Executor:
         problem: Problem,
         comm: Communicator,
         control: StepControl,
+        adapt: Similarity | TraceChange | None,
         timings: dict[str, float],
+        timeline: Timeline,
     ) -> None:
         self._layers, self._states, self._problem, self._comm = layers, states, problem, comm
-        self._control_rule, self._timings = control, timings
-        workers = problem.assignment.workers
-        self._workers = comm.split(comm.rank // workers)
-        self._receivers = comm.split(comm.rank % workers)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._device = next(model.parameters()).device
-        self._handlers = {
-            "fold": self._fold,
-            "reduce": self._reduce,
-            "gather": self._gather,
-            "refresh": self._refresh,
-            "broadcast": self._broadcast,
+        self._control, self._adapt, self._timings, self._timeline = control, adapt, timings, timeline
+        device = next(model.parameters()).device
+        owned = {name: problem.assignment.owner[name] == comm.rank for name in layers}
+        self.groups = Groups(comm, problem.assignment)
+        self.agreement = Agreement(model, layers, owned, self.groups.trainers, control, problem.precision.wire)
+        self.pool = BufferPool()
+        self.solver = Solver(problem, states)
+        self._workspace = Workspace()
+        self._exchange = Exchange(layers, states, problem, self.groups, self.pool, device)
+        self._exchange.renewed = self.solver.renewed
+        self._handlers: dict[str, Callable[[Operation], None]] = {
+            "refresh": lambda op: self.solver.refresh(
+                (op.layers[0], op.part), self._inputs.number, self._inputs.damping
+            ),
+            "launch": lambda op: self.solver.launch((op.layers[0], op.part), self._inputs.number, self._inputs.damping),
+            "collect": lambda op: self.solver.collect((op.layers[0], op.part)),
             "precondition": self._precondition,
-            "share": self._share,
-            "control": self._control,
         }
+        self._flying: list[Flying] = []
+        self._early: list[tuple[int, Operation]] = []
+        self._posted: set[int] = set()
+        self._ready: set[str] = set()
+        self.overlap = problem.assignment.helpers == 0  # helpers need their orders first
+        self.waited = 0.0
+        self.begin(())
 
-    def scalars_needed(self, scalars: Mapping[str, float], log: bool) -> int:
+    # During the forward and backward pass
+
+    def begin(self, plan: tuple[Operation, ...]) -> None:
+        """Begins a step: from now on reductions go out as their layers become ready."""
+        self.abandon()
+        if self.overlap:
+            mine = [(i, op) for i, op in enumerate(plan) if op.kind in EARLY and self._comm.rank in op.ranks]
+            self._early = mine[::-1]  # the next one last
+
+    def ready(self, layer: str) -> None:
+        """The layer's running averages are complete for this step. Posts what can be posted, in the plan's order."""
+        self._ready.add(layer)
+        while self._early and self._ready.issuperset(self._early[-1][1].layers):
+            index, operation = self._early.pop()
+            self._post(operation)
+            self._posted.add(index)
+        if self._flying:
+            self._comm.progress()
+
+    def abandon(self) -> None:
+        """Waits for what is still in flight, and forgets it: the step will not be finished."""
+        for flying in self._flying:
+            for work in flying.works:
+                work.wait()
+        self._flying.clear()
+        self._early, self._posted, self._ready = [], set(), set()
+
+    # The step
+
+    def scalars(self, due: Due, inputs: StepInputs) -> int:
         """How many numbers the step's one scalar reduction carries."""
-        return 4 + len(scalars) + (3 * len(self._layers) if log else 0)
+        return self.agreement.size(inputs, due.starting if self._adapt is not None else ())
 
-    def run(self, plan: tuple[Operation, ...], inputs: StepInputs) -> StepReport:
-        """Executes all operations; afterwards the gradients are preconditioned on every rank."""
-        self._inputs = inputs
-        self._updates: dict[str, Tensor] = {}  # to be shared
-        self._products: dict[str, Tensor] = {}
-        self._folded, self._refreshed, self._failures = False, 0, 0
-        flying: list[Callable[[], None]] = []
-        kind: str | None = None
-        for operation in plan:
-            start = time.perf_counter()
-            if operation.kind != kind:
-                for finish in flying:
-                    finish()
-                flying.clear()
-                start = self._clock(kind, start)
-                kind = operation.kind
-            if self._comm.rank in operation.ranks:
-                finish_later = self._handlers[operation.kind](operation)
-                if finish_later is not None:
-                    flying.append(finish_later)
-            self._clock(kind, start)
-        self._updates = {}
-        return self._report
+    def run(self, plan: tuple[Operation, ...], due: Due, inputs: StepInputs) -> Agreed:
+        """Executes all operations; afterwards the gradients are preconditioned on every rank.
 
-    def _clock(self, kind: str | None, start: float) -> float:
-        now = time.perf_counter()
-        if kind is not None:
-            self._timings[PHASES[kind]] += now - start
-        return now
+        Args:
+            plan: the one that `begin` was given, apart from the size of the scalar reduction.
+            due: what it was made for.
+            inputs: of the step.
+        """
+        self._inputs, self._due = inputs, due
+        self.solver.start_step()
+        self.agreement.start_step()
+        self._early = []
+        if due.starting or due.landing:
+            self._order_helpers(WORK)
+        for index, operation in enumerate(plan):
+            if self._comm.rank in operation.ranks and index not in self._posted:
+                self._run(operation)
+        return self._agreed
 
-    def _fold(self, operation: Operation) -> None:
-        self._inputs.fold()
-        self._folded = True
+    def serve(self, plan_of: Callable[[Due], tuple[Operation, ...]]) -> None:
+        """On a helper rank: runs its part of every step in which something is to be decomposed, until `close`."""
+        names = tuple(self._layers)
+        while True:
+            orders = torch.zeros(3 + 2 * len(names), dtype=torch.float64)
+            work = self.groups.helpers[0].broadcast(orders, 0, "control", "orders to helpers")
+            while not work.done():  # for as long as the trainers need, so it is no stall
+                time.sleep(1e-3)
+            command, number, damping, *flags = orders.tolist()
+            if command == STOP:
+                return
+            starting, landing = flags[: len(names)], flags[len(names) :]
+            self._due = Due(
+                False, *(tuple(n for n, flag in zip(names, f, strict=True) if flag) for f in (starting, landing))
+            )
+            self._inputs = StepInputs(int(number), damping, {}, {}, False, lambda: None)
+            self.solver.start_step()
+            for operation in plan_of(self._due):
+                if self._comm.rank in operation.ranks:
+                    self._run(operation)
+            self._complete(None, ())
 
-    def _reduce(self, operation: Operation) -> Callable[[], None]:
-        """Mean over ranks of the running averages, weighted by the loss terms that they stand for."""
-        message = Message(operation.slots, self._device)
-        # A rank without the tensors, having never used the layer, adds zeros of weight 0.
-        missing = {s.layer for s in message if s.name != WEIGHT and s.name not in self._states[s.layer].running}
-        for slot in message:
-            state = self._states[slot.layer]
-            weight = 0.0 if slot.layer in missing else state.weight
-            if slot.name == WEIGHT:
-                message.view(slot).fill_(weight)
-            else:
-                message.put(slot, None if slot.layer in missing else state.running[slot.name], weight)
-        work = self._comm.allreduce(message.typed(), "reduce")
+    def close(self) -> None:
+        """On all trainers: ends `serve` on the helpers."""
+        self._inputs = StepInputs(0, 0.0, {}, {}, False, lambda: None)
+        self._due = Due()
+        self._order_helpers(STOP)
 
-        def finish() -> None:
-            work.wait()
-            weights = {slot.layer: message.view(slot).item() for slot in message if slot.name == WEIGHT}
-            for slot in message:
-                total = weights[slot.layer]
-                if slot.name != WEIGHT and total > 0:
-                    self._keep(self._states[slot.layer].running, slot.name, message.get(slot).div_(total))
-
-        return finish
-
-    def _gather(self, operation: Operation) -> Callable[[], None]:
-        (slot,) = operation.slots
-        state = self._states[slot.layer]
-        own = state.running.get(slot.name)
-        if own is None:
-            own = torch.zeros(slot.shape, dtype=slot.dtype, device=self._device)
-        parts, work = self._comm.allgather(own.contiguous(), "gather")
-
-        def finish() -> None:
-            work.wait()
-            state.solved[slot.name] = torch.cat(list(parts), dim=1)
-
-        return finish
-
-    def _refresh(self, operation: Operation) -> None:
-        (name,) = operation.layers
-        if not self._has_statistics(name):
-            return  # a layer that was not used yet has nothing that could fail
-        result = self._solve(name)
-        if result is None:
-            self._failures += 1
+    def _order_helpers(self, command: float) -> None:
+        if not self.groups.helpers:
             return
-        state = self._states[name]
-        for spec in self._problem.specs[name]:
-            if spec.name in result:
-                target = state.running if spec.role == "running" else state.solved
-                target[spec.name] = result[spec.name].to(self._problem.precision.stored(spec)).contiguous()
-        state.refreshed = self._inputs.number
-        self._refreshed += 1
+        due = self._due
+        flags = [float(name in layers) for layers in (due.starting, due.landing) for name in self._layers]
+        orders = torch.tensor([command, self._inputs.number, self._inputs.damping, *flags], dtype=torch.float64)
+        for comm in self.groups.helpers:
+            comm.broadcast(orders, 0, "control", "orders to helpers").wait()
 
-    def _solve(self, name: str) -> State | None:
-        """The method's refresh; with more damping if it fails, None if it fails for good."""
-        method, shape = self._problem.method, self._problem.shapes[name]
-        view = {key: tensor.to(self._problem.precision.solve) for key, tensor in self._states[name].view().items()}
-        for attempt in range(RETRIES + 1):
-            try:
-                result = method.refresh(view, shape, self._inputs.damping * 10**attempt)
-            except torch.linalg.LinAlgError:
+    def _run(self, operation: Operation) -> None:
+        kind = operation.kind
+        if kind in NEEDS:
+            self._complete(NEEDS[kind], operation.layers)
+        start = time.perf_counter()
+        if kind in self._exchange.post:
+            self._post(operation)
+        elif kind == "fold":
+            self._inputs.fold()
+        elif kind == "control":
+            self._complete(None, ())
+            start = time.perf_counter()
+            self._agree()
+        else:
+            self._handlers[kind](operation)
+        self._note(kind, operation.about, start)
+
+    def _post(self, operation: Operation) -> None:
+        works, finish = self._exchange.post[operation.kind](operation)
+        layers = frozenset(operation.layers)
+        self._flying.append(Flying(operation.kind, layers, works, finish, operation.about, time.perf_counter()))
+
+    def _complete(self, kinds: tuple[str, ...] | None, layers: tuple[str, ...]) -> None:
+        """Waits for collectives in flight: of these kinds that concern one of the layers, or all."""
+        still = []
+        for flying in self._flying:
+            if kinds is not None and (flying.kind not in kinds or flying.layers.isdisjoint(layers)):
+                still.append(flying)
                 continue
-            if all(bool(torch.isfinite(tensor).all()) for tensor in result.values()):
-                return result
-        return None
+            start = time.perf_counter()
+            for work in flying.works:
+                work.wait()
+            arrived = time.perf_counter()
+            self.waited += arrived - start
+            self._timeline.flight(flying.kind, flying.about, flying.posted, arrived)
+            flying.finish()
+            self._note(flying.kind, f"wait, {flying.about}", start)
+        self._flying = still
 
-    def _has_statistics(self, name: str) -> bool:
-        view = self._states[name].view()
-        return all(
-            spec.name in view
-            for spec in self._problem.specs[name]
-            if spec.role == "running" and spec.reduce_at == "refresh"
-        )
-
-    def _broadcast(self, operation: Operation) -> Callable[[], None]:
-        assert operation.root is not None
-        whole = len(operation.ranks) == self._comm.size
-        comm = self._comm if whole else self._workers
-        root = operation.root if whole else operation.root % self._workers.size
-        message = Message(operation.slots, self._device)
-        if operation.root == self._comm.rank:
-            for slot in message:
-                state = self._states[slot.layer]
-                if slot.name == SOLVED:
-                    message.view(slot).fill_(float(state.refreshed == self._inputs.number))
-                else:
-                    message.put(slot, state.view().get(slot.name))
-        work = comm.broadcast(message.buffer, root, "broadcast")
-
-        def finish() -> None:
-            work.wait()
-            if operation.root != self._comm.rank:
-                self._receive(operation, message)
-
-        return finish
-
-    def _receive(self, operation: Operation, message: Message) -> None:
-        renewed = {slot.layer for slot in message if slot.name == SOLVED and message.view(slot).item() > 0}
-        roles = {(name, spec.name): spec.role for name in operation.layers for spec in self._problem.specs[name]}
-        for slot in message:
-            if slot.name == SOLVED or slot.layer not in renewed:
-                continue
-            state = self._states[slot.layer]
-            target = state.running if roles[slot.layer, slot.name] == "running" else state.solved
-            target[slot.name] = message.get(slot)
-            state.refreshed = self._inputs.number
+    def _note(self, kind: str, about: str, start: float) -> None:
+        end = time.perf_counter()
+        self._timings[PHASES[kind]] += end - start
+        self._timeline.span(kind, about, start, end)
 
     def _precondition(self, operation: Operation) -> None:
         (name,) = operation.layers
-        layer, shape = self._layers[name], self._problem.shapes[name]
-        gradient = layer.gradient()
+        layer, shape, state = self._layers[name], self._problem.shapes[name], self._states[name]
+        gradient = layer.gradient(self._workspace)
         update = gradient
-        if self._ready(name):
-            update = self._problem.method.precondition(gradient, self._states[name].view(), shape, self._inputs.damping)
-        if self._problem.assignment.owner[name] == self._comm.rank:
-            self._measure(name, update, gradient)
-        if isinstance(self._control_rule, FixedNorm):
-            update = update * (self._control_rule.norm / update.norm().clamp(min=torch.finfo(update.dtype).tiny))
-        layer.set_gradient(update)
-        if self._receivers.size > 1:
-            self._updates[name] = update
+        view = state.view()
+        if self._is_ready(name, view):
+            update = self._problem.method.precondition(gradient, view, shape, self._inputs.damping, self._workspace)
+        self.agreement.measure(name, update, gradient, self._inputs.log)
+        if isinstance(self._control, FixedNorm):
+            update = update * (self._control.norm / update.norm().clamp(min=torch.finfo(update.dtype).tiny))
+        if update is not gradient:
+            layer.set_gradient(update)
 
-    def _ready(self, name: str) -> bool:
+    def _is_ready(self, name: str, view: State) -> bool:
         """Whether the layer has what the method needs; before its first statistics it takes the plain gradient."""
-        view = self._states[name].view()
         return all(
             spec.name in view
             for spec in self._problem.specs[name]
             if spec.role == "solved" or spec.reduce_at == "statistics" or spec.reduce == "gather"
         )
 
-    def _measure(self, name: str, update: Tensor, gradient: Tensor) -> None:
-        products = [torch.sum(update * gradient)]
-        if self._inputs.log:
-            products += [update.square().sum(), gradient.square().sum()]
-        self._products[name] = torch.stack(products)
+    def _agree(self) -> None:
+        refreshed = 0.0
+        for layer, part in self.solver.renewed:
+            units = self._problem.units[layer]
+            solvers = self._problem.assignment.solvers[layer, part]
+            refreshed += 1.0 / len(units) / len(solvers)
+        self._agreed = self.agreement.reduce(self._inputs, refreshed, self.solver.failures, self._changes())
 
-    def _share(self, operation: Operation) -> Callable[[], None]:
-        assert operation.root is not None
-        message = Message(operation.slots, self._device)
-        if operation.root == self._comm.rank:
-            for slot in message:
-                message.put(slot, self._updates[slot.layer])
-        root = operation.root // self._problem.assignment.workers
-        work = self._receivers.broadcast(message.buffer, root, "share")
-
-        def finish() -> None:
-            work.wait()
-            if operation.root != self._comm.rank:
-                for slot in message:
-                    self._layers[slot.layer].set_gradient(message.view(slot))
-
-        return finish
-
-    def _control(self, operation: Operation) -> None:
-        """One scalar reduction: KL clip, finite check, counts and the caller's own numbers."""
-        inputs, names = self._inputs, list(self._layers)
-        owned = [name for name in names if name in self._products]
-        values = torch.stack([self._products[name] for name in owned]).double().cpu() if owned else torch.zeros(0, 3)
-        products = dict(zip(owned, values.tolist(), strict=True))
-        clip = self._control_rule if isinstance(self._control_rule, KLClip) else None
-        rates = {name: 1.0 if clip is None else clip.weight(inputs.learning_rates[name]) for name in products}
-        quadratic = sum(rates[name] * product[0] for name, product in products.items())
-        bad = float(not (math.isfinite(quadratic) and self._finite()))
-        totals = [
-            quadratic if not bad else 0.0,
-            bad,
-            float(self._refreshed),
-            float(self._failures),
-            *inputs.scalars.values(),
-        ]
-        if inputs.log:
-            totals += [value for name in names for value in products.get(name, [0.0] * 3)]
-        vector = torch.tensor(totals, dtype=torch.float64)
-        if self._comm.size > 1:
-            self._comm.allreduce(vector, "control").wait()
-        totals = vector.tolist()
-        scale = 1.0 if clip is None else clip.scale(totals[0])
-        if scale != 1.0:
-            parameters = (p for layer in self._layers.values() for p in layer.parameters)
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
-        first_log = 4 + len(inputs.scalars)
-        self._report = StepReport(
-            applied=totals[1] == 0,
-            kl_scale=scale,
-            damping=inputs.damping,
-            statistics=self._folded,
-            refreshed=int(totals[2]),
-            failures=int(totals[3]),
-            scalars=dict(zip(inputs.scalars, totals[4:first_log], strict=True)),
-            layers=self._layer_reports(totals[first_log:]) if inputs.log else {},
-        )
-
-    def _layer_reports(self, values: list[float]) -> dict[str, LayerReport]:
-        reports = {}
-        for position, name in enumerate(self._layers):
-            product, update, gradient = values[3 * position : 3 * position + 3]
-            norms = math.sqrt(update * gradient)
-            share = 1.0 - self._inputs.damping * update / product if product > 0 else 0.0
-            reports[name] = LayerReport(product / norms if norms > 0 else 1.0, share)
-        return reports
-
-    def _finite(self) -> bool:
-        """Whether all gradients are, preconditioned ones included; a bad one of this rank alone counts as well."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        return not gradients or bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
-
-    @staticmethod
-    def _keep(state: State, name: str, tensor: Tensor) -> None:
-        # The running average keeps its storage, which others may hold on to.
-        if name in state:
-            state[name].copy_(tensor)
-        else:
-            state[name] = tensor
+    def _changes(self) -> dict[str, float | None]:
+        """By layer whose refresh began: how much its factors have changed, measured by its owner alone."""
+        changes: dict[str, float | None] = {}
+        if self._adapt is None:
+            return changes
+        for name in self._due.starting:
+            changes[name] = None
+            state = self._states[name]
+            names = [spec.name for spec in self._problem.specs[name] if spec.role == "running" and not spec.rebased]
+            factors = {key: state.running[key] for key in names if key in state.running}
+            if factors and self._problem.assignment.owner[name] == self._comm.rank:
+                if state.remembered:
+                    changes[name] = self._adapt.measure(state.remembered, factors)
+                state.remembered = self._adapt.remember(factors)
+        return changes

@@ -5,23 +5,29 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hpc_kfac.collector import Collector, FisherSource
+from hpc_kfac.consistency import check_weights
 from hpc_kfac.damping import LevenbergMarquardt, as_damping
-from hpc_kfac.distributed import Kaisa, UnitCost, communicator
-from hpc_kfac.execution import Executor, LayerState, StepInputs, StepReport
+from hpc_kfac.distributed import Assignment, Communicator, Kaisa, UnitCost, communicator
+from hpc_kfac.execution import Executor
 from hpc_kfac.fisher import CrossEntropy, OutputDistribution
 from hpc_kfac.layers import Capture
 from hpc_kfac.methods import KFAC
 from hpc_kfac.methods.method import Method
-from hpc_kfac.schedule import Schedule
+from hpc_kfac.schedule import RefreshTimes, Schedule
 from hpc_kfac.step_control import KLClip, StepControl
-from hpc_kfac.step_plan import Operation, Precision, Problem
-from hpc_kfac.timing import timed
+from hpc_kfac.step_plan import Due, Operation, Precision, Problem, units_of
+from hpc_kfac.step_report import LayerState, StepInputs, StepReport
+from hpc_kfac.timing import Timeline
+
+PLANS = 256
+"""So many plans are kept; an adaptive schedule can make a new one on every step."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -47,6 +53,9 @@ class Preconditioner:
             et al. 2023).
         seed: for sampled labels.
         max_skipped: so many non-finite steps in a row raise `TrainingDiverged`.
+        micro_batches: forward and backward passes of one optimisation step. With the last one, factors are reduced
+            while the backward pass goes on.
+        check_weights_every: steps between two checks that all ranks have the same weights; None never checks.
 
     Raises:
         ValueError: a model without a layer that can be captured, or KLClip without an optimizer.
@@ -68,6 +77,8 @@ class Preconditioner:
         weight_sharing: Literal["expand", "reduce"] = "expand",
         seed: int = 0,
         max_skipped: int = 10,
+        micro_batches: int = 1,
+        check_weights_every: int | None = None,
     ) -> None:
         if isinstance(step_control, KLClip) and step_control.needs_learning_rate and optimizer is None:
             raise ValueError("KLClip needs the learning rate: pass optimizer=..., or step_control=None")
@@ -87,25 +98,61 @@ class Preconditioner:
         self._device = next(model.parameters()).device
         self._model, self._optimizer = model, optimizer
         self._max_skipped = max_skipped
+        self._check_weights_every = check_weights_every
         self._skipped_in_row = 0
-        self._overdue = False  # the last step should have refreshed but its batch was no good
         self._comm = communicator(comm)
         self._problem = self._make_problem(placement or Kaisa())
+        self._times = RefreshTimes(self.schedule, self._refresh_costs())
+        self.timeline = Timeline(self._comm.rank)
         self._executor = Executor(
-            model, self.capture.layers, self.states, self._problem, self._comm, step_control, self.timings
+            model,
+            self.capture.layers,
+            self.states,
+            self._problem,
+            self._comm,
+            step_control,
+            self.schedule.adapt,
+            self.timings,
+            self.timeline,
         )
-        self._plans: dict[tuple[bool, bool, int], tuple[Operation, ...]] = {}
+        self._plans: dict[tuple[Due, int], tuple[Operation, ...]] = {}
+        self._damping_due = False
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
         self._before_left_out: list[tuple[Tensor, Tensor, Tensor]] = []
+        if self.assignment.factors == "local":
+            here = {name for name in self.states if self._problem.collects(self._comm.rank, name)}
+            self.capture.only = frozenset(here)
         self._collector = Collector(
-            self.capture, self.method, self._problem.shapes, self.states, fisher, seed, self._comm.rank, self._comm.size
+            self.capture,
+            self.method,
+            self._problem.shapes,
+            self.states,
+            fisher,
+            seed,
+            self._comm.rank,
+            self._comm.size,
+            micro_batches,
+            self._executor.ready,
+            self.timings,
         )
         self._start_step()
 
     def _make_problem(self, placement: Kaisa) -> Problem:
         shapes = {name: layer.shape for name, layer in self.capture.layers.items()}
-        costs = {(name, ""): UnitCost(self.method.cost(shape).refresh) for name, shape in shapes.items()}
-        return Problem(shapes, self.method, placement.assign(costs, self._comm.size), self.precision)
+        costs = {}
+        for name, units in units_of(self.method, shapes).items():
+            for unit in units or [(name, "")]:
+                flops = self.method.refresh_flops(shapes[name], unit[1])
+                specs = [s for s in self.method.state(shapes[name]) if s.role == "solved" and s.part == unit[1]]
+                costs[unit] = UnitCost(
+                    flops, sum(math.prod(s.shape) * self.precision.stored(s).itemsize for s in specs)
+                )
+        problem = Problem(shapes, self.method, placement.assign(costs, self._comm.size), self.precision)
+        problem.check()
+        return problem
+
+    def _refresh_costs(self) -> dict[str, float]:
+        return {name: self.method.cost(shape).refresh for name, shape in self._problem.shapes.items()}
 
     # What the user calls
 
@@ -134,8 +181,7 @@ class Preconditioner:
         """
         if not self.capture.armed:
             return
-        with timed(self.timings, "statistics"):
-            self._collector.observe(outputs, loss or CrossEntropy(), count, mask, loss_scale, sample_index)
+        self._collector.observe(outputs, loss or CrossEntropy(), count, mask, loss_scale, sample_index)
 
     def step(self, scalars: Mapping[str, float] | None = None, log: bool = False) -> StepReport:
         """Replaces the averaged gradients in `.grad` by preconditioned ones. Once per optimisation step, on all ranks.
@@ -149,19 +195,35 @@ class Preconditioner:
 
         Raises:
             TrainingDiverged: more than `max_skipped` steps in a row were not finite; on all ranks alike.
+            RuntimeError: the step had more passes than `micro_batches`.
+            WeightsDiffer: the ranks' weights have drifted apart; on all ranks alike.
         """
-        statistics, refresh = self._statistics_due, self._refresh_due
-        if statistics:
-            with timed(self.timings, "statistics"):
-                self._collector.take()
+        if self._check_weights_every and self.steps % self._check_weights_every == 0 and self._comm.size > 1:
+            check_weights(dict(self._model.named_parameters()), self._executor.groups.trainers, self.steps)
         inputs = StepInputs(
             self.steps, self.damping.at(self.steps), self._learning_rates(), scalars or {}, log, self._collector.fold
         )
         self._remember_before_step()
-        plan = self._plan(statistics, refresh, self._executor.scalars_needed(inputs.scalars, log))
-        report = self._executor.run(plan, inputs)
+        plan = self._plan(self._due, self._executor.scalars(self._due, inputs))
+        agreed = self._executor.run(plan, self._due, inputs)
+        for layer, change in agreed.changes.items():
+            self._times.record(layer, self.steps, change)
+        report = StepReport(
+            applied=agreed.applied,
+            kl_scale=agreed.kl_scale,
+            damping=inputs.damping,
+            statistics=self._due.statistics,
+            refreshed=agreed.refreshed,
+            failures=agreed.failures,
+            staleness=self._staleness(),
+            scalars=agreed.scalars,
+            layers=agreed.layers,
+        )
         self._count_skipped(report.applied)
-        self._overdue = refresh and not report.applied
+        if report.statistics:
+            self._collector.finish(report.applied)
+        if not report.applied:
+            self._times.overdue(self._due.starting, self.steps)
         self.failures += report.failures
         self.steps += 1
         self._start_step()
@@ -170,7 +232,7 @@ class Preconditioner:
     @property
     def damping_due(self) -> bool:
         """Whether `adapt_damping` has something to do after the step just taken."""
-        return bool(self._before)
+        return self._damping_due
 
     def adapt_damping(self, evaluate: Callable[[], float], loss: float) -> None:
         """The Levenberg-Marquardt rule; does nothing unless `damping_due`. Collective, after `optimizer.step()`.
@@ -179,22 +241,24 @@ class Preconditioner:
             evaluate: the local mean loss of the batch just used, with the new weights.
             loss: the same with the old weights.
         """
-        if not self._before or not isinstance(self.damping, LevenbergMarquardt):
+        if not self._damping_due or not isinstance(self.damping, LevenbergMarquardt):
             return
+        self._damping_due = False
         model = torch.zeros((), dtype=torch.float64)
         for name, (weights, gradient) in self._before.items():
             layer, state = self.capture.layers[name], self.states[name]
             delta = layer.matrix([p.detach() for p in layer.parameters]).to(gradient.dtype) - weights
             change = (delta * gradient).sum() + 0.5 * self.damping.current * delta.square().sum()
-            if state.weight > 0:
+            if state.running:
                 change += 0.5 * self.method.quadratic(delta, state.view(), self._problem.shapes[name])
             model += change.double().cpu()
         for weight, before, slope in self._before_left_out:  # without curvature
             model += ((weight - before) * slope).sum().double().cpu()
         self._before, self._before_left_out = {}, []
-        totals = torch.tensor([evaluate() - loss, float(model)], dtype=torch.float64)
-        if self._comm.size > 1:
-            self._comm.allreduce(totals, "damping").wait()
+        # The losses are means over this rank's samples, the model's parts are counted once among all ranks.
+        totals = torch.tensor([(evaluate() - loss) / self.assignment.trainers, float(model)], dtype=torch.float64)
+        if self.assignment.trainers > 1:
+            self._executor.groups.trainers.allreduce(totals, "damping", "change of the loss").wait()
         # A step that the model expects to raise the loss, as momentum can make it, is no good whatever came of it.
         self.damping.adjust((totals[0] / totals[1]).item() if totals[1] < 0 else math.nan)
 
@@ -204,8 +268,8 @@ class Preconditioner:
 
     def plan(self, step: int) -> tuple[Operation, ...]:
         """The operations of a step."""
-        scalars = self._executor.scalars_needed({}, False)
-        return self._plan(self.schedule.statistics_due(step), self.schedule.refresh_due(step), scalars)
+        due = self._due_at(step)
+        return self._plan(due, self._executor.scalars(due, StepInputs(step, 0.0, {}, {}, False, lambda: None)))
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Bytes of curvature state that this rank holds after a refresh: layer -> role -> bytes."""
@@ -215,12 +279,41 @@ class Preconditioner:
             for spec in self._problem.specs[name]:
                 itemsize = self.precision.stored(spec).itemsize
                 size = math.prod(spec.full_shape(self._comm.size)) * itemsize
-                if spec.role == "running":
+                here = self._problem.holds(self._comm.rank, name, spec)
+                if spec.role == "running" and here:
                     table[name]["running"] += math.prod(spec.shape) * itemsize
-                here = spec.lives == "all" or self._problem.assignment.works_on(self._comm.rank, name)
                 if spec.reduce == "gather" or (spec.role == "solved" and here):
                     table[name]["solved"] += size
         return table
+
+    @property
+    def assignment(self) -> Assignment:
+        """Which rank does what."""
+        return self._problem.assignment
+
+    @property
+    def comm(self) -> Communicator:
+        """All ranks."""
+        return self._comm
+
+    def update_at_owners(self) -> None:
+        """From now on only a layer's owner gets its preconditioned gradient, as `OwnerOptimizer` wants it."""
+        self._problem = replace(self._problem, share=False)
+        self._plans.clear()
+        self._start_step()
+
+    def serve(self) -> None:
+        """What a helper rank does instead of training: decomposes for the trainers until they `close`."""
+        self._executor.serve(lambda due: self._plan(due, 0))
+
+    def close(self) -> None:
+        """Lets the helper ranks go; call it on all trainers after the last step. Waits for refreshes under way."""
+        self._executor.close()
+
+    @property
+    def waited(self) -> float:
+        """Seconds that this rank has been blocked in collectives of the preconditioner."""
+        return self._executor.waited
 
     @property
     def traffic(self) -> Counter[str]:
@@ -233,17 +326,20 @@ class Preconditioner:
             "steps": self.steps,
             "skipped": self.skipped,
             "failures": self.failures,
-            "overdue": self._overdue,
+            "folds": self._collector.folds,
+            "schedule": self._times.state_dict(),
             "damping": self.damping.state_dict(),
             "layers": {
                 name: {
                     "weight": state.weight,
-                    "refreshed": state.refreshed,
+                    "refreshed": dict(state.refreshed),
                     "running": dict(state.running),
                     "solved": dict(state.solved),
+                    "remembered": dict(state.remembered),
                 }
                 for name, state in self.states.items()
             },
+            "pending": self._executor.solver.pending(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -264,25 +360,30 @@ class Preconditioner:
                 running={key: self._own(tensor) for key, tensor in saved["running"].items()},
                 solved={key: self._own(tensor) for key, tensor in saved["solved"].items()},
                 weight=saved["weight"],
-                refreshed=saved["refreshed"],
+                refreshed=dict(saved["refreshed"]),
+                remembered={key: self._own(tensor) for key, tensor in saved["remembered"].items()},
             )
         self.steps, self.skipped, self.failures = state["steps"], state["skipped"], state["failures"]
-        self._overdue = state["overdue"]
+        self._collector.folds = state["folds"]
+        self._times.load_state_dict(state["schedule"])
+        self._executor.solver.restore(state["pending"])
         self.damping.load_state_dict(state["damping"])
         self._start_step()
 
     # Small helpers
 
-    @property
-    def _refresh_due(self) -> bool:
-        return self._overdue or self.schedule.refresh_due(self.steps)
-
-    @property
-    def _statistics_due(self) -> bool:
-        return self._overdue or self.schedule.statistics_due(self.steps)
-
     def _start_step(self) -> None:
-        self._collector.start(self.steps, armed=self._statistics_due)
+        self._due = self._due_at(self.steps)
+        self._executor.begin(self._plan(self._due, 0))
+        self._collector.start(self.steps, armed=self._due.statistics)
+
+    def _due_at(self, step: int) -> Due:
+        times = self._times
+        return Due(times.statistics_due(step), times.starting(step), times.landing(step))
+
+    def _staleness(self) -> int:
+        started = [step for state in self.states.values() for step in state.refreshed.values()]
+        return self.steps - min(started) if started else 0
 
     def _learning_rates(self) -> dict[str, float]:
         if self._optimizer is None:
@@ -290,23 +391,26 @@ class Preconditioner:
         rates = {id(p): group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
         return {name: float(rates.get(id(layer.parameters[0]), 0.0)) for name, layer in self.capture.layers.items()}
 
-    def _plan(self, statistics: bool, refresh: bool, scalars: int) -> tuple[Operation, ...]:
-        key = (statistics, refresh, scalars)
-        if key not in self._plans:
-            self._plans[key] = self._problem.plan(statistics=statistics, refresh=refresh, scalars=scalars)
-        return self._plans[key]
+    def _plan(self, due: Due, scalars: int) -> tuple[Operation, ...]:
+        if (due, scalars) not in self._plans:
+            if len(self._plans) > PLANS:
+                self._plans.clear()
+            self._plans[due, scalars] = self._problem.plan(due, scalars)
+        return self._plans[due, scalars]
 
     def _remember_before_step(self) -> None:
-        if not (isinstance(self.damping, LevenbergMarquardt) and self.damping.due(self.steps)):
+        self._damping_due = isinstance(self.damping, LevenbergMarquardt) and self.damping.due(self.steps)
+        if not self._damping_due:
             return
         for name, layer in self.capture.layers.items():
-            weights = layer.matrix([p.detach() for p in layer.parameters]).clone()
-            self._before[name] = (weights.to(self.precision.wire), layer.gradient().clone())
+            if self.assignment.owner[name] == self._comm.rank:
+                weights = layer.matrix([p.detach() for p in layer.parameters]).clone()
+                self._before[name] = (weights.to(self.precision.wire), layer.gradient().clone())
         captured = {id(p) for layer in self.capture.layers.values() for p in layer.parameters}
         self._before_left_out = [
             (p.detach(), p.detach().clone(), p.grad.clone())
             for p in self._model.parameters()
-            if p.grad is not None and id(p) not in captured
+            if p.grad is not None and id(p) not in captured and (self._comm.rank == 0 or not self._problem.share)
         ]
 
     def _count_skipped(self, applied: bool) -> None:
@@ -315,7 +419,7 @@ class Preconditioner:
             return
         self.skipped += 1
         self._skipped_in_row += 1
-        self._before = {}
+        self._damping_due = False
         if self._skipped_in_row > self._max_skipped:
             good = self.steps - self._skipped_in_row
             raise TrainingDiverged(

@@ -9,23 +9,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import Literal
 
 import torch
 
-from hpc_kfac.distributed.layout import Slot
-from hpc_kfac.distributed.placement import Assignment
+from hpc_kfac.distributed.layout import Slot, in_order
+from hpc_kfac.distributed.placement import Assignment, Unit
 from hpc_kfac.layers.batch import LayerShape
 from hpc_kfac.methods.method import Method, StateSpec
 
-Kind = Literal["fold", "reduce", "gather", "refresh", "broadcast", "precondition", "share", "control"]
+Kind = Literal[
+    "fold", "reduce", "scaled", "scatter", "gather", "refresh", "launch", "collect", "broadcast", "precondition",
+    "share", "control",
+]  # fmt: skip
 
-WEIGHT = "weight"
-"""Slot that carries how many loss terms a rank's running average stands for."""
+WEIGHT = "weight_"
+"""Slot that carries how many loss terms a rank's running averages stand for; "statistics" or "refresh" follows, since
+what is reduced at the one may be there before what is reduced at the other."""
 SOLVED = "solved"
 """Slot that carries whether the owner's decomposition succeeded."""
 UPDATE = "update"
 """Slot that carries a preconditioned gradient."""
+SCALED = (torch.float16, torch.int8)
+"""Payloads that need factors scaled to unit diagonal, whose sums then stay within [-1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,26 @@ class Precision:
         factors: running averages and the statistics folded into them.
         solve: decompositions and their results.
         apply: the matrices multiplied with the gradient on every step.
+        payload: symmetric factors while they are reduced: as wide as ``factors`` if None, or bfloat16, float16, int8.
+            The last two send the diagonal apart, in full, and the rest scaled to unit diagonal; int8 also damps by the
+            norm of its rounding noise.
+        moments: rows that are multiplied into factors: None for ``factors``, or bfloat16 with sums in float32.
+
+    Raises:
+        ValueError: a payload or moments of another dtype.
     """
 
     factors: torch.dtype = torch.float32
     solve: torch.dtype = torch.float32
     apply: torch.dtype = torch.float32
+    payload: torch.dtype | None = None
+    moments: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.payload not in (None, self.wire, torch.bfloat16, *SCALED):
+            raise ValueError(f"precision.payload is {self.payload}; use {self.wire}, bfloat16, float16 or int8")
+        if self.moments not in (None, self.factors, torch.bfloat16):
+            raise ValueError(f"precision.moments is {self.moments}; use {self.factors} or bfloat16")
 
     def stored(self, spec: StateSpec) -> torch.dtype:
         """The dtype a state tensor is kept in."""
@@ -50,8 +72,28 @@ class Precision:
 
     @property
     def wire(self) -> torch.dtype:
-        """The dtype of reductions and updates: MPI cannot add half-precision numbers."""
+        """The dtype of reductions and updates: MPI cannot add half-precision numbers by itself."""
         return torch.promote_types(self.factors, torch.float32)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether factors travel with unit diagonal."""
+        return self.payload in SCALED
+
+
+@dataclass(frozen=True)
+class Due:
+    """What a step has to do.
+
+    Attributes:
+        statistics: fold statistics into the running averages.
+        starting: layers whose decomposition starts.
+        landing: layers whose solved form comes into use; without a lag the same.
+    """
+
+    statistics: bool = False
+    starting: tuple[str, ...] = ()
+    landing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,19 +104,33 @@ class Operation:
         kind: what is done.
         layers: the layers concerned.
         ranks: the ranks that take part.
-        root: the rank whose data count (refresh, broadcast, share).
+        root: the rank whose data count (broadcast, share).
         slots: what lies in the message.
         bytes: payload of the message.
         flops: arithmetic on each taking part rank.
+        part: the part of the layer (refresh, launch, collect).
     """
 
     kind: Kind
     layers: tuple[str, ...]
-    ranks: range
+    ranks: Sequence[int]
     root: int | None = None
     slots: tuple[Slot, ...] = ()
     bytes: int = 0
     flops: float = 0.0
+    part: str = ""
+
+    @property
+    def about(self) -> str:
+        """The layers in words."""
+        if len(self.layers) > 2:
+            return f"layers {self.layers[0]} .. {self.layers[-1]}"
+        return ", ".join(f"layer {name or '(the model)'}" for name in self.layers) or "step control"
+
+    def sent(self) -> float:
+        """Bytes that a rank puts on the wire with ring or tree algorithms, averaged over the ranks that take part."""
+        others = (len(self.ranks) - 1) / max(len(self.ranks), 1)
+        return self.bytes * others * (2.0 if self.kind in ("reduce", "scaled", "control") else 1.0)
 
 
 @dataclass(frozen=True)
@@ -87,6 +143,8 @@ class Problem:
         assignment: the placement, worked out.
         precision: dtypes.
         bucket_bytes: largest fused reduction.
+        broadcast_bytes: largest fused broadcast; smaller, because the next decompositions run meanwhile.
+        share: send preconditioned gradients to the ranks that do not work on the layer; not needed where owners update.
     """
 
     shapes: Mapping[str, LayerShape]
@@ -94,103 +152,225 @@ class Problem:
     assignment: Assignment
     precision: Precision = Precision()
     bucket_bytes: int = 32 * 2**20
+    broadcast_bytes: int = 4 * 2**20
+    share: bool = True
 
-    def plan(self, *, statistics: bool, refresh: bool, scalars: int = 0) -> tuple[Operation, ...]:
+    def plan(self, due: Due, scalars: int = 0) -> tuple[Operation, ...]:
         """The operations of one step, in the order in which every rank posts them.
 
         Args:
-            statistics: fold statistics in this step.
-            refresh: decompose the factors in this step.
+            due: what the step has to do.
             scalars: how many numbers the step's one scalar reduction carries.
         """
         operations: list[Operation] = []
-        if statistics:
+        if due.statistics:
             operations.append(self._fold())
-            operations += self._reduce("statistics")
-        if refresh:
-            operations += self._reduce("refresh")
-            operations += self._gather()
-            operations += self._refresh()
-            operations += self._broadcast()
+        operations += self._reduce(due)
+        operations += self._gather(due.starting)
+        starting, landing = set(due.starting), set(due.landing)
+        operations += self._solve("collect", [name for name in self.shapes if name in landing - starting])
+        operations += self._solve("refresh", [name for name in self.shapes if name in landing & starting])
+        operations += self._solve("launch", [name for name in self.shapes if name in starting - landing])
         operations += self._precondition()
         operations += self._share()
-        operations.append(Operation("control", (), self._all, bytes=8 * scalars if len(self._all) > 1 else 0))
+        operations.append(Operation("control", (), self.trainers, bytes=8 * scalars if len(self.trainers) > 1 else 0))
         return tuple(operations)
 
-    @property
-    def _all(self) -> range:
-        return range(self.assignment.ranks)
+    def check(self) -> None:
+        """Refuses what does not go together.
+
+        Raises:
+            ValueError: a method and a placement or payload that exclude each other.
+        """
+        method, factors = type(self.method).__name__, self.assignment.factors
+        running = [spec for specs in self.specs.values() for spec in specs if spec.role == "running"]
+        gathers = any(spec.reduce == "gather" for spec in running)
+        early = any(spec.reduce_at == "statistics" for spec in running)
+        if self.assignment.helpers and (gathers or early):
+            raise ValueError(f"placement.helpers is {self.assignment.helpers}, but {method} needs statistics on every"
+                             " rank; use helpers with kfac, or helpers: 0")  # fmt: skip
+        if factors == "local" and gathers:
+            raise ValueError(f"placement.factors is local, but {method} gathers rows of all ranks; use factors: all")
+        if factors == "local" and early and self.assignment.workers > 1:
+            raise ValueError(f"placement.factors is local with {self.assignment.workers} grad workers, but {method}"
+                             " keeps statistics where it preconditions; use grad_worker_fraction: 0")  # fmt: skip
+        alone = factors == "owner" or self.assignment.helpers > 0
+        if self.precision.scaled and alone:
+            raise ValueError(f"precision.payload is {self.precision.payload}, which needs factors on all ranks to scale"
+                             " them; use bfloat16, or placement.factors: all without helpers")  # fmt: skip
+        if self.precision.payload == torch.int8 and self.assignment.ranks > 128:
+            raise ValueError(f"precision.payload is int8, whose sums hold 128 ranks, not {self.assignment.ranks};"
+                             " use bfloat16")  # fmt: skip
 
     @property
-    def _layers(self) -> tuple[str, ...]:
-        return tuple(self.shapes)
+    def trainers(self) -> range:
+        """All ranks but the helpers."""
+        return range(self.assignment.trainers)
 
     @cached_property
     def specs(self) -> dict[str, tuple[StateSpec, ...]]:
         """The state table of every layer."""
         return {layer: self.method.state(shape) for layer, shape in self.shapes.items()}
 
+    @cached_property
+    def spec(self) -> dict[tuple[str, str], StateSpec]:
+        """The state table by layer and name."""
+        return {(layer, spec.name): spec for layer, specs in self.specs.items() for spec in specs}
+
+    @cached_property
+    def units(self) -> dict[str, tuple[Unit, ...]]:
+        """What is decomposed of every layer."""
+        return units_of(self.method, self.shapes)
+
+    def collects(self, rank: int, layer: str) -> bool:
+        """Whether the rank takes statistics of the layer."""
+        return self.assignment.factors != "local" or self.assignment.owner[layer] == rank
+
+    def holds(self, rank: int, layer: str, spec: StateSpec) -> bool:
+        """Whether the rank keeps the tensor after a refresh."""
+        owner = self.assignment.owner[layer]
+        if spec.role == "running":
+            alone = self.assignment.factors == "local" or self._to_owner(spec)
+            return spec.reduce == "none" or not alone or rank == owner
+        if self.assignment.factors == "local":
+            return self.assignment.works_on(rank, layer)
+        return spec.lives == "all" or self.assignment.works_on(rank, layer)
+
+    def _to_owner(self, spec: StateSpec) -> bool:
+        """Whether the running average exists on the owner alone."""
+        return self.assignment.factors == "owner" and spec.reduce == "mean" and spec.reduce_at == "refresh"
+
     def _fold(self) -> Operation:
-        flops = sum(self.method.cost(self.shapes[layer]).statistics for layer in self._layers)
-        return Operation("fold", self._layers, self._all, flops=flops)
+        flops = sum(self.method.cost(shape).statistics for shape in self.shapes.values())
+        return Operation("fold", tuple(self.shapes), self.trainers, flops=flops)
 
-    def _reduce(self, when: str) -> Iterator[Operation]:
-        """Fused buckets of running averages; each layer's weight rides with its tensors."""
-        if len(self._all) == 1:
+    def _reduce(self, due: Due) -> Iterator[Operation]:
+        """Fused buckets of running averages, last layers first, as the backward pass completes them.
+
+        Each layer's weight rides with its tensors. What goes to the owner alone goes there with the statistics, so that
+        no other rank keeps it; what every rank keeps waits for a refresh.
+        """
+        if self.assignment.factors == "local" or self.assignment.ranks == 1:
             return
-        groups: list[list[Slot]] = []
-        for layer in self._layers:
-            slots = [
-                Slot(layer, spec.name, spec.shape, self.precision.wire, spec.symmetric)
-                for spec in self.specs[layer]
-                if spec.role == "running" and spec.reduce == "mean" and spec.reduce_at == when
-            ]
-            if slots:
-                groups.append([*slots, Slot(layer, WEIGHT, (1,), self.precision.wire)])
-        for bucket in _buckets(groups, self.bucket_bytes):
-            yield self._message("reduce", bucket, self._all)
+        everywhere: list[list[Slot]] = []
+        owners: dict[tuple[int, ...], list[list[Slot]]] = {}
+        for layer in reversed(tuple(self.shapes)):
+            shared: list[StateSpec] = []
+            owned: list[StateSpec] = []
+            for spec in self.specs[layer]:
+                if spec.role == "running" and spec.reduce == "mean":
+                    at_statistics = spec.reduce_at == "statistics" or self._to_owner(spec)
+                    if due.statistics if at_statistics else layer in due.starting:
+                        single = self._to_owner(spec) or self.assignment.helpers > 0
+                        (owned if single else shared).append(spec)
+            if shared:
+                everywhere.append(self._slots(layer, shared, 0))
+            if owned:
+                target = self._target(layer)
+                ranks = (*self.trainers, target) if self.assignment.helpers else tuple(self.trainers)
+                owners.setdefault(ranks, []).append(self._slots(layer, owned, target))
+        for bucket in _buckets(everywhere, self.bucket_bytes):
+            yield _message("reduce", bucket, self.trainers)
+        if self.precision.scaled:
+            triangles = [[slot for slot in group if slot.diagonal] for group in everywhere]
+            whole = [[self._triangle(slot) for slot in group] for group in triangles if group]
+            for bucket in _buckets(whole, self.bucket_bytes):
+                yield _message("scaled", bucket, self.trainers)
+        for ranks, groups in owners.items():
+            for bucket in _buckets(groups, self.bucket_bytes):
+                yield _message("scatter", bucket, ranks)
 
-    def _gather(self) -> Iterator[Operation]:
-        for layer in self._layers:
+    def _target(self, layer: str) -> int:
+        """The rank that a running average goes to if it goes to one only."""
+        if self.assignment.helpers:
+            return self.assignment.solvers[self.units[layer][0]][0]
+        return self.assignment.owner[layer]
+
+    def _slots(self, layer: str, specs: Sequence[StateSpec], target: int) -> list[Slot]:
+        wire, payload = self.precision.wire, self.precision.payload or self.precision.wire
+        slots = []
+        for spec in specs:
+            diagonal = spec.symmetric and self.precision.scaled
+            dtype = payload if spec.symmetric and not diagonal else wire
+            slots.append(Slot(layer, spec.name, spec.shape, dtype, spec.symmetric and not diagonal, diagonal, target))
+        weights = dict.fromkeys(WEIGHT + spec.reduce_at for spec in specs)
+        return [*slots, *(Slot(layer, weight, (1,), wire, owner=target) for weight in weights)]
+
+    def _triangle(self, slot: Slot) -> Slot:
+        """What follows a diagonal that was sent ahead."""
+        assert self.precision.payload is not None
+        return Slot(slot.layer, slot.name, slot.shape, self.precision.payload, symmetric=True)
+
+    def _gather(self, starting: Sequence[str]) -> Iterator[Operation]:
+        for layer in starting:
             for spec in self.specs[layer]:
                 if spec.reduce == "gather":
                     slot = Slot(layer, spec.name, spec.shape, self.precision.factors)
-                    yield self._message("gather", [slot], self._all)
+                    yield _message("gather", [slot], self.trainers)
 
-    def _refresh(self) -> Iterator[Operation]:
-        for layer in self._layers:
-            if any(spec.role == "solved" for spec in self.specs[layer]):
-                owner = self.assignment.owner[layer]
-                flops = self.method.cost(self.shapes[layer]).refresh
-                yield Operation("refresh", (layer,), range(owner, owner + 1), root=owner, flops=flops)
+    def _solve(self, kind: Kind, layers: Sequence[str]) -> Iterator[Operation]:
+        """Decompositions, each rank's in turn, with a broadcast of what is ready before the next ones begin."""
+        queues: dict[int, list[Unit]] = {}
+        for layer in layers:
+            for unit in self.units[layer]:
+                solvers = self.assignment.solvers[unit]
+                if len(solvers) > 1:  # every rank that needs it
+                    yield self._decomposition(kind, unit, solvers)
+                else:
+                    queues.setdefault(solvers[0], []).append(unit)
+        rounds = [list(_buckets([self._solved(unit) for unit in queue], self.broadcast_bytes))
+                  for _, queue in sorted(queues.items())]  # fmt: skip
+        for turn in zip_longest(*rounds, fillvalue=()):
+            for rank, bucket in zip(sorted(queues), turn, strict=True):
+                for layer, name in dict.fromkeys((slot.layer, slot.name) for slot in bucket):
+                    if name.startswith(SOLVED):
+                        yield self._decomposition(kind, (layer, name.removeprefix(SOLVED)), (rank,))
+            if kind != "launch":
+                for rank, bucket in zip(sorted(queues), turn, strict=True):
+                    yield from self._broadcast(rank, bucket)
 
-    def _broadcast(self) -> Iterator[Operation]:
-        """Solved forms to the grad workers; what a refresh re-bases, to everybody."""
-        for everybody in (False, True):
-            if len(self._all) == 1 or (self.assignment.workers == 1 and not everybody):
-                continue
-            for owner in self._all:
-                slots = [
-                    Slot(
-                        layer,
-                        spec.name,
-                        spec.full_shape(self.assignment.ranks),
-                        self.precision.stored(spec),
-                        spec.symmetric,
-                    )
-                    for layer in self._layers
-                    if self.assignment.owner[layer] == owner
-                    for spec in self.specs[layer]
-                    if _refreshed(spec) and (spec.lives == "all" or spec.rebased) == everybody
-                ]
-                if slots:
-                    names = dict.fromkeys(slot.layer for slot in slots)
-                    flags = [Slot(layer, SOLVED, (1,), torch.float32) for layer in names]
-                    ranks = self._all if everybody else self.assignment.members(self.assignment.group(owner))
-                    yield self._message("broadcast", [*slots, *flags], ranks, root=owner)
+    def _decomposition(self, kind: Kind, unit: Unit, ranks: Sequence[int]) -> Operation:
+        layer, part = unit
+        flops = self.method.refresh_flops(self.shapes[layer], part) if kind != "collect" else 0.0
+        return Operation(kind, (layer,), ranks, ranks[0], flops=flops, part=part)
+
+    def _solved(self, unit: Unit) -> list[Slot]:
+        """What a refresh of the unit makes, and a flag that tells whether it succeeded."""
+        layer, part = unit
+        slots = [
+            Slot(
+                layer, spec.name, spec.full_shape(self.assignment.trainers), self.precision.stored(spec), spec.symmetric
+            )
+            for spec in self.specs[layer]
+            if (spec.role == "solved" and spec.part == part) or spec.rebased
+        ]
+        return [*slots, Slot(layer, SOLVED + part, (1,), torch.float32)]
+
+    def _broadcast(self, root: int, bucket: Sequence[Slot]) -> Iterator[Operation]:
+        """To the grad workers, or to all ranks where the method needs the tensor everywhere."""
+        audiences: dict[tuple[int, ...], list[Slot]] = {}
+        flags = {(slot.layer, slot.name): slot for slot in bucket if slot.name.startswith(SOLVED)}
+        for slot in bucket:
+            spec = self.spec.get((slot.layer, slot.name))
+            if spec is not None:
+                ranks = self._audience(slot.layer, spec, root)
+                if len(ranks) > 1:
+                    slots = audiences.setdefault(ranks, [])
+                    flag = flags[slot.layer, SOLVED + spec.part]
+                    slots += [slot] if flag in slots else [slot, flag]
+        for ranks, slots in audiences.items():
+            yield _message("broadcast", slots, ranks, root)
+
+    def _audience(self, layer: str, spec: StateSpec, root: int) -> tuple[int, ...]:
+        if self.assignment.helpers:
+            return (*self.trainers, root)
+        everybody = (spec.lives == "all" or spec.rebased) and self.assignment.factors != "local"
+        if everybody:
+            return tuple(self.trainers)
+        return tuple(self.assignment.members(self.assignment.group(self.assignment.owner[layer])))
 
     def _precondition(self) -> Iterator[Operation]:
-        for layer in self._layers:
+        for layer in self.shapes:
             workers = self.assignment.members(self.assignment.group(self.assignment.owner[layer]))
             flops = self.method.cost(self.shapes[layer]).precondition
             yield Operation("precondition", (layer,), workers, flops=flops)
@@ -198,27 +378,33 @@ class Problem:
     def _share(self) -> Iterator[Operation]:
         """Preconditioned gradients from every grad worker to the ranks in its place in the other groups."""
         assignment = self.assignment
-        if assignment.workers == assignment.ranks:
+        if assignment.workers == assignment.trainers or not self.share:
             return
-        for root in self._all:
+        for root in self.trainers:
             slots = []
-            for layer in self._layers:
+            for layer in self.shapes:
                 if assignment.works_on(root, layer):
                     shape = self.shapes[layer]
                     slots.append(Slot(layer, UPDATE, (shape.blocks, shape.outputs, shape.inputs), self.precision.wire))
             if slots:
-                yield self._message("share", slots, assignment.receivers(root), root=root)
-
-    def _message(self, kind: Kind, slots: Sequence[Slot], ranks: range, root: int | None = None) -> Operation:
-        layers = tuple(dict.fromkeys(slot.layer for slot in slots))
-        return Operation(kind, layers, ranks, root, tuple(slots), sum(slot.bytes for slot in slots))
+                yield _message("share", slots, assignment.receivers(root), root)
 
 
-def _refreshed(spec: StateSpec) -> bool:
-    return spec.role == "solved" or spec.rebased
+def units_of(method: Method, shapes: Mapping[str, LayerShape]) -> dict[str, tuple[Unit, ...]]:
+    """What is decomposed of every layer; nothing where a method has nothing to solve."""
+    found = {}
+    for layer, shape in shapes.items():
+        solves = any(spec.role == "solved" for spec in method.state(shape))
+        found[layer] = tuple((layer, part) for part in method.parts(shape)) if solves else ()
+    return found
 
 
-def _buckets(groups: list[list[Slot]], limit: int) -> Iterator[list[Slot]]:
+def _message(kind: Kind, slots: Sequence[Slot], ranks: Sequence[int], root: int | None = None) -> Operation:
+    layers = tuple(dict.fromkeys(slot.layer for slot in slots))
+    return Operation(kind, layers, ranks, root, in_order(slots), sum(slot.bytes for slot in slots))
+
+
+def _buckets(groups: Sequence[list[Slot]], limit: int) -> Iterator[list[Slot]]:
     bucket: list[Slot] = []
     for group in groups:
         if bucket and sum(slot.bytes for slot in bucket + group) > limit:

@@ -32,9 +32,13 @@ class Capture:
         left_out: everything else that has trainable parameters, with the reason.
         coverage: share of the trainable parameters that is captured.
         armed: whether forward passes are noted. Passes without gradients never are.
+        only: names of the layers that are noted; None for all.
         keep_output_gradients: True to note the gradients of ordinary backward passes (empirical Fisher); False to note
             only where a gradient can be asked for, see ``edges`` (sampled and exact Fisher).
-        on_boundary: called when the forward pass of a new micro-batch begins while uses of the last one are pending.
+        on_boundary: called when the forward pass of a new micro-batch begins after a backward pass.
+        on_gradient: called with a layer's name when a backward pass has completed the gradient of its weight, and with
+            it every use of the layer in that pass.
+        micro_batch: number of the micro-batch, from 0 in each optimisation step.
 
     Raises:
         ValueError: unknown ``weight_sharing``, a pattern that matches nothing, a lazy module without weights.
@@ -53,17 +57,21 @@ class Capture:
         self.layers, self.left_out = select(model, skip)
         self.weight_sharing, self.dtype = weight_sharing, dtype
         self.armed = False
+        self.only: frozenset[str] | None = None
         self.keep_output_gradients = True
         self.on_boundary: Callable[[], None] | None = None
+        self.on_gradient: Callable[[str], None] | None = None
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         captured = sum(parameter.numel() for layer in self.layers.values() for parameter in layer.parameters)
         self.coverage = captured / max(trainable, 1)
         self._pending: list[Use] = []
-        self._micro_batch = 0
+        self.micro_batch = 0
         self._backward_seen = False
+        self._first = ""  # the layer that the forward pass came to first
+        self._leading = 0
         self._seen_with_grad: set[str] = set()
         self._seen_without_grad: set[str] = set()
-        self._handles = [self._hook(layer) for layer in self.layers.values()]
+        self._handles = [handle for layer in self.layers.values() for handle in self._hook(layer)]
 
     def summary(self) -> str:
         """One paragraph for a log: how much is preconditioned, and what is not and why."""
@@ -78,12 +86,14 @@ class Capture:
         """The pending uses whose gradient can be asked for, in the order of the forward pass."""
         return [(self.layers[use.layer], use) for use in self._pending if use.edge is not None]
 
-    def take(self, count: float | None, scale: float | None, mask: Tensor | None = None) -> dict[str, LayerBatch]:
-        """Statistics of every layer that a backward pass has reached; forgets all pending uses.
+    def take(
+        self, layer: str, count: float | None, scale: float | None, mask: Tensor | None = None
+    ) -> LayerBatch | None:
+        """Statistics of one layer, if backward passes have reached it; forgets its pending uses.
 
         Args:
-            count: number of loss terms M on this rank; None takes the leading dimension of the first input, summed over
-                micro-batches.
+            layer: its name.
+            count: number of loss terms M on this rank; None takes the leading dimension of the first layer's input.
             scale: turns captured gradients into gradients of the sum of the terms: M / loss_scale for a mean loss. None
                 takes the count.
             mask: positions [N, S] that count, for layers whose inputs have these leading dimensions.
@@ -91,10 +101,13 @@ class Capture:
         Raises:
             RuntimeError: an input was changed in place after the forward pass.
         """
-        count = float(self._leading()) if count is None else count
+        count = float(self._leading) if count is None else count
         scale = count if scale is None else scale
-        uses = [use for use in self._pending if use.gradient is not None]
-        return self._batches(uses, count, Reading(scale, False, mask, self.weight_sharing == "reduce", self.dtype))
+        uses = [use for use in self._pending if use.layer == layer and use.gradient is not None]
+        if not uses:
+            return None
+        self._pending = [use for use in self._pending if use.layer != layer]
+        return self._batch(uses, count, Reading(scale, False, mask, self.weight_sharing == "reduce", self.dtype))
 
     def take_gradients(
         self,
@@ -107,20 +120,27 @@ class Capture:
 
         With ``draws`` each gradient has a leading axis of draws; None leaves a use out.
         """
-        uses = []
+        reading = Reading(1.0, draws, mask, self.weight_sharing == "reduce", self.dtype)
+        by_layer: dict[str, list[Use]] = {name: [] for name in self.layers}
         for use in self._pending:
             use.gradient = gradients.get(use)
             if use.gradient is not None:
-                uses.append(use)
-        return self._batches(uses, count, Reading(1.0, draws, mask, self.weight_sharing == "reduce", self.dtype))
+                by_layer[use.layer].append(use)
+        self.forget()
+        return {name: self._batch(uses, count, reading) for name, uses in by_layer.items() if uses}
 
     def clear(self) -> None:
+        """Begin an optimisation step."""
+        self.forget()
+        self.micro_batch = 0
+
+    def forget(self) -> None:
         """Forget all pending uses."""
         for use in self._pending:
             use.edge = None
         self._pending = []
         self._backward_seen = False
-        self._micro_batch = 0
+        self._first = ""
 
     def remove(self) -> None:
         """Take all hooks off the model."""
@@ -129,38 +149,31 @@ class Capture:
         self._handles = []
         self.clear()
 
-    def _leading(self) -> int:
-        """Samples of the pending uses: the leading dimension of the first input of each micro-batch.
-
-        A forward pass that no backward pass has followed, such as a validation, does not count.
-        """
-        first: dict[int, int] = {}
-        for use in self._pending:
-            if use.gradient is not None:
-                first.setdefault(use.micro_batch, use.inputs.shape[0] if use.inputs.dim() else 1)
-        return sum(first.values())
-
     @torch.no_grad()
-    def _batches(self, uses: list[Use], count: float, reading: Reading) -> dict[str, LayerBatch]:
-        by_layer: dict[str, list[Use]] = {name: [] for name in self.layers}
+    def _batch(self, uses: list[Use], count: float, reading: Reading) -> LayerBatch:
         for use in uses:
             if use.inputs._version != use.version:
-                self.clear()
+                self.forget()
                 raise RuntimeError(
                     f"the input of layer {use.layer!r} was changed in place after the forward pass, so its statistics "
                     f"are lost; avoid the in-place operation, copy the input, or leave the layer out with skip"
                 )
-            by_layer[use.layer].append(use)
-        self.clear()
-        return {name: self.layers[name].batch(found, count, reading) for name, found in by_layer.items() if found}
+        return self.layers[uses[0].layer].batch(uses, count, reading)
 
-    def _hook(self, layer: CapturedLayer) -> Any:
-        # A plain function: deepcopy keeps it as it is, and it knows a copied module from the captured one.
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if self.armed and module is layer.module:
+    def _hook(self, layer: CapturedLayer) -> list[Any]:
+        # Plain functions: deepcopy keeps them as they are, and they know a copied module from the captured one.
+        def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if self.armed and module is layer.module and (self.only is None or layer.name in self.only):
                 self._note(layer, args[0] if args else kwargs["input"], output)
 
-        return layer.module.register_forward_hook(hook, with_kwargs=True)
+        def gradient(parameter: nn.Parameter) -> None:
+            if self.armed and self.on_gradient is not None:
+                self.on_gradient(layer.name)
+
+        return [
+            layer.module.register_forward_hook(forward, with_kwargs=True),
+            layer.parameters[0].register_post_accumulate_grad_hook(gradient),
+        ]
 
     def _note(self, layer: CapturedLayer, inputs: Tensor, output: Tensor) -> None:
         name = layer.name
@@ -179,11 +192,15 @@ class Capture:
             return
         self._seen_with_grad.add(name)
         if self._backward_seen:
-            self._backward_seen = False
-            self._micro_batch += 1
             if self.on_boundary is not None:
                 self.on_boundary()
-        use = Use(name, inputs.detach(), layer.module.training, self._micro_batch, inputs._version)
+            self._backward_seen = False
+            self._first = ""
+            self.micro_batch += 1
+        self._first = self._first or name
+        if name == self._first:  # again when a pass that no backward pass followed is repeated, as after a validation
+            self._leading = inputs.shape[0] if inputs.dim() else 1
+        use = Use(name, inputs.detach(), layer.module.training, self.micro_batch, inputs._version)
         self._pending.append(use)
         if self.keep_output_gradients:
             output.register_hook(lambda gradient: self._arrived(use, gradient))

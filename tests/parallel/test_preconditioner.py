@@ -65,6 +65,7 @@ def train(comm, method, *, carrier=None, fraction=1.0, fisher="empirical", accum
         fisher=fisher,
         precision=DOUBLE,
         comm=carrier or comm,
+        micro_batches=accumulation,
     )
     for step in range(steps):
         optimizer.zero_grad()

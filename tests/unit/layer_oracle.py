@@ -24,6 +24,15 @@ def term(output: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (output - target).square().sum()
 
 
+def take_all(
+    capture: Capture, count: float | None = None, scale: float | None = None, mask: Tensor | None = None
+) -> dict[str, LayerBatch]:
+    """Batches of all layers that a backward pass has reached; forgets the other uses."""
+    found = {name: capture.take(name, count, scale, mask) for name in capture.layers}
+    capture.forget()
+    return {name: batch for name, batch in found.items() if batch is not None}
+
+
 def captured(module: nn.Module, x: Tensor, reduce: bool = False) -> tuple[CapturedLayer, LayerBatch, Tensor]:
     """One armed forward and backward of a mean loss: the layer, its batch, the gradients of the sum of the terms."""
     capture = Capture(module, weight_sharing="reduce" if reduce else "expand", dtype=torch.float64)
@@ -31,7 +40,7 @@ def captured(module: nn.Module, x: Tensor, reduce: bool = False) -> tuple[Captur
     output = module(x)
     target = normal(*output.shape, seed=7)
     (term(output, target) / len(x)).backward()
-    batches = capture.take(count=None, scale=None)
+    batches = take_all(capture)
     capture.remove()
     return capture.layers[""], batches[""], (output - target).detach()
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hpc_kfac.layers import Capture
 from hpc_kfac.linalg.structure import Dense
-from unit.layer_oracle import normal
+from unit.layer_oracle import normal, take_all
 
 
 def armed(model: nn.Module, **settings: Any) -> Capture:
@@ -39,7 +39,7 @@ def mlp() -> nn.Sequential:
 
 def run(model: nn.Module, x: Tensor, capture: Capture) -> dict[str, Any]:
     model(x).square().sum(-1).mean().backward()
-    return dict(capture.take(None, None))
+    return dict(take_all(capture))
 
 
 # What the hooks note
@@ -133,7 +133,7 @@ def test_micro_batches_are_further_samples() -> None:
     capture.on_boundary = lambda: boundaries.append(len(capture._pending))
     for part in x.split(3):
         (model(part).square().sum(-1).mean() / 2).backward()
-    parts = capture.take(None, None)
+    parts = take_all(capture, 6.0)
     assert boundaries == [2]
     for name in whole:
         assert_same(whole[name], parts[name])
@@ -148,10 +148,10 @@ def test_boundary_may_take_the_finished_micro_batch() -> None:
     capture = armed(model)
     x = normal(6, 4)
     taken = []
-    capture.on_boundary = lambda: taken.append(capture.take(None, None))
+    capture.on_boundary = lambda: taken.append(take_all(capture))
     for part in x.split(2):
         model(part).square().sum(-1).mean().backward()
-    taken.append(capture.take(None, None))
+    taken.append(take_all(capture))
     assert [batches["0"].count for batches in taken] == [2, 2, 2]
     capture.on_boundary = None
     alone = run(model, x[2:4], capture)
@@ -166,7 +166,7 @@ def test_two_backward_passes_through_one_graph_add_up() -> None:
     output = model(x).square().sum(-1).mean() / 2
     output.backward(retain_graph=True)
     output.backward()
-    got = capture.take(None, None)
+    got = take_all(capture)
     assert_same(got["0"], expected["0"])
 
 
@@ -176,7 +176,7 @@ def test_checkpoint_without_reentry_is_noted_once() -> None:
     x = normal(6, 4)
     expected = run(model, x, capture)
     checkpoint(model, x, use_reentrant=False).square().sum(-1).mean().backward()
-    got = capture.take(None, None)
+    got = take_all(capture)
     assert set(got) == {"0", "2"}
     for name in got:
         assert_same(got[name], expected[name])
@@ -200,7 +200,7 @@ def test_teacher_without_gradients_is_no_reentrant_checkpoint() -> None:
         model(x)
     assert not capture._pending
     checkpoint(model, x, use_reentrant=False).square().sum().backward()
-    assert set(capture.take(None, None)) == {"0", "2"}
+    assert set(take_all(capture)) == {"0", "2"}
 
 
 def test_autocast_statistics_are_float32() -> None:
@@ -213,7 +213,7 @@ def test_autocast_statistics_are_float32() -> None:
         output = model(x)
     assert output.dtype == torch.bfloat16
     (output.float().square().sum(-1).mean() * 1024).backward()
-    rounded = capture.take(16.0, 16.0 / 1024)
+    rounded = take_all(capture, 16.0, 16.0 / 1024)
     for name in exact:
         for one, other in zip(moments(exact[name]), moments(rounded[name]), strict=True):
             assert other.dtype == torch.float32
@@ -225,7 +225,7 @@ def test_loss_scale_of_half_precision_does_not_underflow() -> None:
     capture = armed(model, dtype=torch.float32)
     output = model(normal(8, 4).half())
     output.backward(torch.full_like(output, 3e-3))
-    _, g = moments(capture.take(8.0, 8.0 / 2.0**15)[""])
+    _, g = moments(take_all(capture, 8.0, 8.0 / 2.0**15)[""])
     torch.testing.assert_close(g, torch.full((1, 3, 3), float(torch.tensor(3e-3).half()) ** 2 * 64 / 2.0**30))
 
 
@@ -243,7 +243,7 @@ def test_nothing_is_noted_unless_armed_and_differentiated() -> None:
     assert not capture._pending
     model.eval()
     model(x).sum().backward()
-    assert set(capture.take(None, None)) == {"0", "2"}
+    assert set(take_all(capture)) == {"0", "2"}
 
 
 def test_unused_layer_and_frozen_first_layer() -> None:
@@ -270,7 +270,7 @@ def test_input_that_is_changed_afterwards_is_an_error() -> None:
     model(x).sum().backward()
     x.add_(1)
     with pytest.raises(RuntimeError, match="changed in place.*skip"):
-        capture.take(None, None)
+        take_all(capture)
     assert not capture._pending
 
 
@@ -295,7 +295,7 @@ def test_keyword_input() -> None:
     model = nn.Linear(3, 2).double()
     capture = armed(model)
     model(input=normal(4, 3)).sum().backward()
-    assert set(capture.take(None, None)) == {""}
+    assert set(take_all(capture)) == {""}
 
 
 # Which modules are captured

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hpc_kfac.layers import Capture, Reading, Use
 from hpc_kfac.linalg.structure import Dense, Diagonal
 from unit.fake_batch import FakeBatch
-from unit.layer_oracle import check_round_trip, normal, sample_gradients, term
+from unit.layer_oracle import check_round_trip, normal, sample_gradients, take_all, term
 
 TOKENS = 7
 
@@ -25,7 +25,7 @@ def take(module: nn.Embedding, index: Tensor, mask: Tensor | None = None, reduce
     output = module(index)
     target = normal(*output.shape, seed=7)
     (term(output, target) / len(index)).backward()
-    batch = capture.take(None, None, mask)[""]
+    batch = take_all(capture, mask=mask)[""]
     capture.remove()
     return capture.layers[""], batch, (output - target).detach()
 

@@ -12,7 +12,16 @@ from hpc_kfac.layers import Capture, Reading, Use
 from hpc_kfac.layers import positions as positions_module
 from hpc_kfac.linalg.structure import Dense, Diagonal
 from unit.fake_batch import FakeBatch
-from unit.layer_oracle import bases, captured, check_round_trip, compare, linear_rows, normal, sample_gradients
+from unit.layer_oracle import (
+    bases,
+    captured,
+    check_round_trip,
+    compare,
+    linear_rows,
+    normal,
+    sample_gradients,
+    take_all,
+)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -34,7 +43,7 @@ def test_unbatched_input_is_one_sample() -> None:
     capture.armed = True
     x = normal(3)
     module(x).square().sum().backward()
-    batch = capture.take(1.0, 1.0)[""]
+    batch = take_all(capture, 1.0, 1.0)[""]
     row = torch.cat([x, x.new_ones(1)])
     torch.testing.assert_close(batch.input_moment(Dense())[0], torch.outer(row, row))
     torch.testing.assert_close(batch.projected_square(None, None, Dense(), Dense()), capture.layers[""].gradient() ** 2)
@@ -88,7 +97,7 @@ def test_mask_drops_positions(reduce: bool) -> None:
     capture.armed = True
     module(x).square().sum().backward()
     g = (2 * module(x)).detach()
-    batch = capture.take(float(mask.sum()), 1.0, mask)[""]
+    batch = take_all(capture, float(mask.sum()), 1.0, mask)[""]
     layer = capture.layers[""]
     count = mask.sum()
     rows = linear_rows(x, True)[0]
@@ -118,7 +127,7 @@ def test_mask_of_another_shape_is_ignored() -> None:
     for mask in (None, torch.zeros(4, 6, dtype=torch.bool)):
         capture.armed = True
         module(x).square().sum().backward()
-        results.append(capture.take(4.0, 1.0, mask)[""].input_moment(Dense()))
+        results.append(take_all(capture, 4.0, 1.0, mask)[""].input_moment(Dense()))
     torch.testing.assert_close(results[0], results[1])
 
 
@@ -165,7 +174,7 @@ def test_token_loss_counts_positions() -> None:
     capture = Capture(module, dtype=torch.float64)
     capture.armed = True
     (module(x).square().sum() / 20).backward()
-    batch = capture.take(20.0, None)[""]
+    batch = take_all(capture, 20.0, None)[""]
     g = (2 * module(x)).detach().reshape(-1, 2)
     torch.testing.assert_close(batch.output_moment(Dense())[0], g.T @ g / 20)
     _, r = batch.rows(100)

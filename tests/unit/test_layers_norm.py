@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hpc_kfac.layers import Capture, CapturedLayer, Reading, Use
 from hpc_kfac.linalg.structure import Dense, Identity
 from unit.fake_batch import FakeBatch
-from unit.layer_oracle import captured, check_round_trip, compare, normal, sample_gradients
+from unit.layer_oracle import captured, check_round_trip, compare, normal, sample_gradients, take_all
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -92,7 +92,7 @@ def test_mode_is_that_of_the_forward_pass() -> None:
     output = module(x)
     module.train()
     output.square().sum().backward()
-    batch = capture.take(6.0, 1.0)[""]
+    batch = take_all(capture, 6.0, 1.0)[""]
     xhat = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
     g = 2 * output.detach()
     torch.testing.assert_close(batch.means()[0], torch.stack([g * xhat, g], dim=-1).mean(0))
@@ -114,7 +114,7 @@ def test_mask_drops_tokens_from_layer_norm() -> None:
     capture.armed = True
     output = module(x)
     output.square().sum().backward()
-    batch = capture.take(7.0, 1.0, mask)[""]
+    batch = take_all(capture, 7.0, 1.0, mask)[""]
     g = 2 * output.detach() * mask.unsqueeze(-1)
     xhat = F.layer_norm(x, (3,), eps=module.eps)
     rows = torch.stack([(g * xhat).sum(1), g.sum(1)], dim=-1)
@@ -144,7 +144,7 @@ def test_half_precision_input_is_normalised_in_float32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = module(x.bfloat16())
     output.float().square().sum().backward()
-    moment = capture.take(32.0, 1.0)[""].input_moment(Dense())
+    moment = take_all(capture, 32.0, 1.0)[""].input_moment(Dense())
     assert moment.dtype == torch.float32
     xhat = F.layer_norm(x.bfloat16().float(), (64,))
     torch.testing.assert_close(moment[:, 0, 0], 4 * xhat.pow(4).mean(0), rtol=0.02, atol=0.02)

@@ -165,7 +165,7 @@ def test_micro_batches(parts: tuple[int, ...], fisher: str) -> None:
     """Gradient accumulation over micro-batches of any sizes is the whole batch."""
     x, y = x_and_labels()
     model = net()
-    preconditioner = preconditioner_of(model, fisher=fisher)
+    preconditioner = preconditioner_of(model, fisher=fisher, micro_batches=len(parts))
     for some_x, some_y in zip(x.split(parts), y.split(parts), strict=True):
         outputs = model(some_x)
         share = len(some_x) / len(x)
@@ -180,7 +180,7 @@ def test_masked_scaled_micro_batches(fisher: str) -> None:
     x, y = x_and_labels()
     valid = torch.tensor([1, 0, 1, 0, 0, 1, 1, 1], dtype=torch.bool)
     model = net()
-    preconditioner = preconditioner_of(model, fisher=fisher)
+    preconditioner = preconditioner_of(model, fisher=fisher, micro_batches=3)
     for part in torch.arange(8).split([3, 2, 3]):
         outputs, kept = model(x[part]), valid[part]
         share = 64.0 * float(kept.sum() / valid.sum())

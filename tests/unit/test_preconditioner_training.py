@@ -265,7 +265,7 @@ def test_validation_in_between_does_not_count(gradients: bool, fisher: str) -> N
 def test_sampled_labels_of_micro_batches_are_those_of_the_batch() -> None:
     x, y = batch()
     model = net()
-    preconditioner = preconditioner_of(model, fisher="sampled")
+    preconditioner = preconditioner_of(model, fisher="sampled", micro_batches=3)
     for part in torch.arange(8).split([3, 4, 1]):
         outputs = model(x[part])
         preconditioner.observe(outputs, loss_scale=len(part) / 8)

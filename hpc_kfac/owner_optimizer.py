@@ -1,0 +1,210 @@
+"""Owners update (Osawa et al. 2019, 2020): gradients are reduce-scattered to the owners of the layers, each owner
+preconditions its layers and applies the optimizer to them, and the new weights are all-gathered.
+
+Together the two collectives move what one ring allreduce of the gradients does, so that an ordinary step has no traffic
+beyond a first-order one; curvature, solved forms and the optimizer's state exist once among all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hpc_kfac.distributed.communicator import Communicator, Work
+from hpc_kfac.distributed.placement import balance
+from hpc_kfac.preconditioner import Preconditioner
+
+
+@dataclass
+class Bucket:
+    """Parameters that travel together, ordered by owner.
+
+    Attributes:
+        parameters: of one dtype.
+        counts: elements of each rank's segment.
+        buffer: [sum(counts)], used for gradients and then for weights.
+        views: the parts of the buffer, shaped as the parameters.
+        owners: rank of each parameter.
+    """
+
+    parameters: list[nn.Parameter]
+    counts: list[int]
+    buffer: Tensor
+    views: list[Tensor]
+    owners: list[int]
+    waiting: set[int] = field(default_factory=set)
+    work: Work | None = None
+
+
+class OwnerOptimizer:
+    """Wraps an optimizer so that each rank updates the layers that it owns.
+
+    The order of a step is `loss.backward()`, `synchronize()`, `preconditioner.step()`, `step()`. The gradients go
+    through the preconditioner's communicator, not through Horovod or DistributedDataParallel. After `synchronize` a
+    rank has `.grad` for its own parameters only, and the wrapped optimizer keeps state for these only.
+
+    Args:
+        optimizer: any torch optimizer that treats a parameter without `.grad` as absent.
+        model: its parameters are updated.
+        preconditioner: with one grad worker a layer: `Kaisa(grad_worker_fraction=0)`, best with `factors="owner"`.
+        micro_batches: backward passes of a step; the gradients go out in the last one.
+        bucket_bytes: largest message.
+
+    Raises:
+        ValueError: a placement with more than one grad worker a layer, or with helpers.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        preconditioner: Preconditioner,
+        micro_batches: int = 1,
+        bucket_bytes: int = 32 * 2**20,
+    ) -> None:
+        assignment = preconditioner.assignment
+        if assignment.workers > 1 or assignment.helpers:
+            raise ValueError(
+                f"{assignment.workers} grad workers a layer and {assignment.helpers} helpers; owners update only what"
+                " they alone precondition: use Kaisa(grad_worker_fraction=0)"
+            )
+        preconditioner.update_at_owners()
+        self.optimizer, self._comm = optimizer, preconditioner.comm
+        self._micro_batches = micro_batches
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.owners = _owners(parameters, preconditioner)
+        self._buckets = _buckets(parameters, self.owners, self._comm, bucket_bytes)
+        self._bucket_of = {id(p): bucket for bucket in self._buckets for p in bucket.parameters}
+        self._seen: dict[int, int] = {}
+        self._next = 0
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._reached)
+        self._begin()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def synchronize(self) -> None:
+        """Waits for the reduce-scatter: `.grad` becomes the mean over ranks on the owner and None elsewhere."""
+        self._post(everything=True)
+        for bucket in self._buckets:
+            assert bucket.work is not None
+            bucket.work.wait()
+            for parameter, view, owner in zip(bucket.parameters, bucket.views, bucket.owners, strict=True):
+                if owner != self._comm.rank:
+                    parameter.grad = None
+                elif parameter.grad is None:
+                    parameter.grad = view / self._comm.size
+                else:
+                    torch.div(view, self._comm.size, out=parameter.grad)
+
+    @torch.no_grad()
+    def step(self, update: Callable[[], Any] | None = None) -> None:
+        """Updates this rank's parameters and collects everybody's.
+
+        Args:
+            update: what takes the wrapped optimizer's step, if not the optimizer itself.
+        """
+        (update or self.optimizer.step)()
+        for bucket in self._buckets:
+            for parameter, view, owner in zip(bucket.parameters, bucket.views, bucket.owners, strict=True):
+                if owner == self._comm.rank:
+                    view.copy_(parameter)
+            bucket.work = self._comm.allgatherv(bucket.buffer, bucket.counts, "weights", "updated weights")
+        for bucket in self._buckets:
+            assert bucket.work is not None
+            bucket.work.wait()
+            for parameter, view, owner in zip(bucket.parameters, bucket.views, bucket.owners, strict=True):
+                if owner != self._comm.rank:
+                    parameter.copy_(view)
+        self._begin()
+
+    def abandon(self) -> None:
+        """Leaves out the update of a step whose gradients were no good."""
+        self._begin()
+
+    def gradient_norm(self) -> float:
+        """Norm of the whole averaged gradient, from everybody's part. Collective."""
+        own = [p.grad for bucket in self._buckets for p in bucket.parameters if p.grad is not None]
+        square = torch.zeros(1, dtype=torch.float64)
+        if own:
+            square += nn.utils.get_total_norm(own).double().cpu() ** 2
+        self._comm.allreduce(square, "control", "gradient norm").wait()
+        return math.sqrt(square.item())
+
+    def _begin(self) -> None:
+        self._seen.clear()
+        self._next = 0
+        for bucket in self._buckets:
+            bucket.waiting = {id(p) for p in bucket.parameters}
+            bucket.work = None
+
+    def _reached(self, parameter: Tensor) -> None:
+        """A backward pass has completed the parameter's gradient."""
+        key = id(parameter)
+        self._seen[key] = self._seen.get(key, 0) + 1
+        if self._seen[key] == self._micro_batches:
+            self._bucket_of[key].waiting.discard(key)
+            self._post(everything=False)
+
+    def _post(self, everything: bool) -> None:
+        """Sends what is complete, in one order on all ranks."""
+        while self._next < len(self._buckets):
+            bucket = self._buckets[self._next]
+            if bucket.waiting and not everything:
+                break
+            for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
+                if parameter.grad is None:
+                    view.zero_()
+                else:
+                    view.copy_(parameter.grad)
+            bucket.work = self._comm.reduce_scatter(bucket.buffer, bucket.counts, "gradients", "gradients")
+            self._next += 1
+        self._comm.progress()
+
+
+def _owners(parameters: list[nn.Parameter], preconditioner: Preconditioner) -> dict[int, int]:
+    """Rank by parameter: the owner of its layer; what is left to the optimizer evens the memory out."""
+    owners = {}
+    loads = [0.0] * preconditioner.comm.size
+    for name, layer in preconditioner.capture.layers.items():
+        rank = preconditioner.assignment.owner[name]
+        for parameter in layer.parameters:
+            owners[id(parameter)] = rank
+            loads[rank] += parameter.numel()
+    others = {id(p): float(p.numel()) for p in parameters if id(p) not in owners}
+    return {**owners, **balance(others, range(len(loads)), loads)}
+
+
+def _buckets(parameters: list[nn.Parameter], owners: dict[int, int], comm: Communicator, limit: int) -> list[Bucket]:
+    """Last parameters first, as the backward pass completes them."""
+    groups: list[list[nn.Parameter]] = []
+    size = 0
+    for parameter in reversed(parameters):
+        nbytes = parameter.numel() * parameter.element_size()
+        if not groups or size + nbytes > limit or groups[-1][0].dtype != parameter.dtype:
+            groups.append([])
+            size = 0
+        groups[-1].append(parameter)
+        size += nbytes
+    return [_bucket(sorted(group, key=lambda p: owners[id(p)]), owners, comm) for group in groups]
+
+
+def _bucket(parameters: list[nn.Parameter], owners: dict[int, int], comm: Communicator) -> Bucket:
+    counts = [0] * comm.size
+    for parameter in parameters:
+        counts[owners[id(parameter)]] += parameter.numel()
+    buffer = torch.zeros(sum(counts), dtype=parameters[0].dtype, device=parameters[0].device)
+    parts = buffer.split([p.numel() for p in parameters])
+    views = [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
+    return Bucket(parameters, counts, buffer, views, [owners[id(p)] for p in parameters])
