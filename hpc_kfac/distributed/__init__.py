@@ -2,10 +2,11 @@
 
 from hpc_kfac.distributed.buffers import BufferPool
 from hpc_kfac.distributed.communicator import Communicator, SerialCommunicator, Work, communicator
+from hpc_kfac.distributed.monitor import Monitor
 from hpc_kfac.distributed.mpi import MPICommunicator
 from hpc_kfac.distributed.placement import Assignment, Kaisa, Rates, Unit, UnitCost
 from hpc_kfac.distributed.torch_backend import TorchCommunicator
-from hpc_kfac.distributed.watchdog import Monitor
+from hpc_kfac.distributed.watchdog import Watchdog
 
 __all__ = [
     "Assignment",
@@ -19,6 +20,7 @@ __all__ = [
     "TorchCommunicator",
     "Unit",
     "UnitCost",
+    "Watchdog",
     "Work",
     "communicator",
 ]

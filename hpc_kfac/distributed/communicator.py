@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.distributed.buffers import BufferPool
-from hpc_kfac.distributed.watchdog import Monitor, Posting
+from hpc_kfac.distributed.monitor import Monitor, Posting
 
 SUMMABLE = (torch.float32, torch.float64, torch.int32, torch.int8, torch.bfloat16, torch.float16)
 
