@@ -111,8 +111,10 @@ class ConvBatch(PositionBatch):
     def _dense(self, part: Part) -> Tensor:
         """Sum of x x^T over samples and positions [p, a, a]."""
         if set(self.kernel) == {1}:
-            every = tuple(slice(None, None, step) for step in self.stride)
-            moment = self._channel_moment(self._padded(part.x)[(..., *every)])
+            x = self._padded(part.x)
+            for axis, step in enumerate(self.stride, start=2):
+                x = x[(slice(None),) * axis + (slice(None, None, step),)]
+            moment = self._channel_moment(x)
         else:
             moment = self._kernel_moment(part)
         if not self.shape.bias:
@@ -135,7 +137,7 @@ class ConvBatch(PositionBatch):
             return torch.stack([patch_free_moment(group, *geometry) for group in x.chunk(p, dim=1)])
         total: Tensor | float = 0.0
         for which in self._input_chunks(part):
-            total = total + Dense().gram(self._pixel_rows(self._padded(part.x[which])))
+            total = total + self.gram(self._pixel_rows(self._padded(part.x[which]).to(self.row_dtype)), Dense())
         split = torch.as_tensor(total).unflatten(2, (-1, shape[1])).unflatten(1, (-1, shape[1]))
         return split.permute(0, 2, 1, 4, 3).reshape(p, self.shape.inputs - self.shape.bias, -1)
 
@@ -152,7 +154,7 @@ class ConvBatch(PositionBatch):
         p, positions = self.shape.blocks, math.prod(x.shape[2:])
         x = x.reshape(len(x), p, -1, positions)
         if x.shape[2] > positions:
-            return Dense().gram(x.permute(1, 0, 3, 2).flatten(1, 2))
+            return self.gram(x.permute(1, 0, 3, 2).flatten(1, 2), Dense())
         # A product for each sample spares a transposed copy, as long as it is smaller than the sample itself.
         x = x.flatten(0, 1)
         return torch.bmm(x, x.mT).unflatten(0, (-1, p)).sum(0)
@@ -169,7 +171,7 @@ class ConvBatch(PositionBatch):
         p = self.shape.blocks
         x = (x * weight.sqrt()).reshape(x.shape[0], p, x.shape[1] // p, -1)
         rows = x.permute(1, 0, 3, 2).flatten(1, 2)
-        return Dense().gram(rows) / self.shape.kernel
+        return self.gram(rows, Dense()) / self.shape.kernel
 
 
 class ConvLayer(CapturedLayer):

@@ -57,7 +57,7 @@ class EmbeddingBatch:
 
     def output_moment(self, structure: Structure) -> Tensor:
         g = self._sample_gradients() if self.reading.reduce else self.g
-        return structure.gram(g.flatten(0, 1).unsqueeze(0)) * (self.reading.scale**2 / self.count)
+        return structure.gram(g.flatten(0, 1).unsqueeze(0)).to(g.dtype) * (self.reading.scale**2 / self.count)
 
     def means(self) -> tuple[Tensor, Tensor]:
         refuse_draws(self.reading.draws)

@@ -46,7 +46,7 @@ class NormBatch:
         return self._gradients.flatten(0, 1).transpose(0, 1).contiguous()
 
     def input_moment(self, structure: Structure) -> Tensor:
-        return structure.gram(self._rows) / self.count
+        return structure.gram(self._rows).to(self._rows.dtype) / self.count
 
     def output_moment(self, structure: Structure) -> Tensor:
         return self._rows.new_ones(structure.shape(self.shape.blocks, 1))
@@ -94,6 +94,8 @@ class NormLayer(CapturedLayer):
 
 class ChannelNormLayer(NormLayer):
     """Inputs [N, C, ...]: the channel is the second axis. Nothing as large as the input is written."""
+
+    module: BatchNorm | nn.GroupNorm
 
     def sample_gradients(self, use: Use, reading: Reading) -> Tensor:
         assert use.gradient is not None

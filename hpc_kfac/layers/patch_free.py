@@ -50,6 +50,23 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Border:
+    """Products of the left and right image along lines, where some axes are fixed.
+
+    Attributes:
+        fixed: the axes.
+        lines: where they are fixed.
+        offsets: of the other axes.
+        weights: [pairs, lines * offsets] what each product adds to each pair of kernel positions.
+    """
+
+    fixed: Sizes
+    lines: list[tuple[Line, ...]]
+    offsets: list[Sizes]
+    weights: Tensor
+
+
+@dataclass(frozen=True)
 class Plan:
     """What one geometry takes, for stride 1.
 
@@ -81,9 +98,9 @@ class Plan:
         return list(itertools.combinations_with_replacement(itertools.product(*map(range, self.kernel)), 2))
 
     @cached_property
-    def borders(self) -> dict[tuple[int, ...], tuple[list[tuple[Line, ...]], list[Sizes], Tensor]]:
-        """By the axes that are fixed: lines, offsets of the other axes, and [pairs, lines * offsets] what to add."""
-        found: dict[tuple[int, ...], list[tuple[tuple[Line, ...], Sizes, int]]] = {}
+    def borders(self) -> list[Border]:
+        """What has to be taken off at the borders, by the axes that are fixed."""
+        found: dict[Sizes, list[tuple[tuple[Line, ...], Sizes, int]]] = {}
         for number, (p, q) in enumerate(self.pairs):
             missing = [self._missing(axis, p[axis], q[axis]) for axis in range(len(p))]
             offsets = [(b - a) * d for a, b, d in zip(p, q, self.dilation, strict=True)]
@@ -93,16 +110,15 @@ class Plan:
                     lines = tuple(line for line in choice if line is not None)
                     rest = tuple(offset for axis, offset in enumerate(offsets) if axis not in fixed)
                     found.setdefault(fixed, []).append((lines, rest, number))
-        result = {}
-        for fixed, terms in found.items():
-            lines = list(dict.fromkeys(term[0] for term in terms))
-            rests = list(dict.fromkeys(term[1] for term in terms))
-            row = {line: i for i, line in enumerate(lines)}, {rest: i for i, rest in enumerate(rests)}
-            weights = torch.zeros(len(lines) * len(rests), len(self.pairs), dtype=torch.float64)
-            for line, rest, number in terms:
-                weights[row[0][line] * len(rests) + row[1][rest], number] = (-1.0) ** len(fixed)
-            result[fixed] = (lines, rests, weights.T.contiguous())
-        return result
+        return [self._border(fixed, terms) for fixed, terms in found.items()]
+
+    def _border(self, fixed: Sizes, terms: list[tuple[tuple[Line, ...], Sizes, int]]) -> Border:
+        rows = {line: i for i, line in enumerate(dict.fromkeys(lines for lines, _, _ in terms))}
+        columns = {rest: i for i, rest in enumerate(dict.fromkeys(rest for _, rest, _ in terms))}
+        weights = torch.zeros(len(self.pairs), len(rows) * len(columns), dtype=torch.float64)
+        for lines, rest, number in terms:
+            weights[number, rows[lines] * len(columns) + columns[rest]] = (-1.0) ** len(fixed)
+        return Border(fixed, list(rows), list(columns), weights)
 
     def _missing(self, axis: int, p: int, q: int) -> list[Line]:
         """Pairs of pixels along an axis that lie in the image but belong to no output position."""
@@ -176,10 +192,10 @@ class Plan:
         transform *= samples * channels
         products = 3.0 * samples * self.frequencies
         calls = 10
-        for fixed, (lines, rests, weights) in self.borders.items():
-            rest = math.prod(size for axis, size in enumerate(self.space) if axis not in fixed)
-            products += samples * len(lines) * len(rests) * rest + weights.numel()
-            calls += 5 + 2 * len(lines)
+        for border in self.borders:
+            rest = math.prod(size for axis, size in enumerate(self.space) if axis not in border.fixed)
+            products += samples * len(border.lines) * len(border.offsets) * rest + border.weights.numel()
+            calls += 5 + 2 * len(border.lines)
         products += 2.0 * self.frequencies * len(self.offsets)
         moment = (channels * math.prod(self.kernel)) ** 2 * 2 * COPY
         return transform + products * square + moment + calls * CALL
@@ -196,7 +212,7 @@ def _tables(one: Plan, dtype: torch.dtype, device: torch.device) -> tuple[list[T
     """Weights of the spectrum and of the borders, offsets and places of the pairs, where they are used."""
     spectral = [table.to(device, dtype) for table in one.spectral]
     spectral += [matrix.to(device, dtype) for matrix in one.transforms]
-    borders = [weights.to(device, dtype) for _, _, weights in one.borders.values()]
+    borders = [border.weights.to(device, dtype) for border in one.borders]
     return spectral, borders, one.pair_offsets.to(device), one.places.to(device)
 
 
@@ -227,8 +243,8 @@ def patch_free_moment(
     even, odd = _spectrum_moments(x, one_plan, spectral[2:])
     # One row of C x C for each offset, then for each pair of kernel positions.
     rows = torch.mm(spectral[0], even.flatten(1)).addmm_(spectral[1], (odd - odd.mT).flatten(1))[pair_offsets]
-    for (fixed, (lines, rests, _)), weights in zip(one_plan.borders.items(), borders, strict=True):
-        rows.addmm_(weights, _border_products(x, fixed, lines, rests).flatten(1))
+    for border, weights in zip(one_plan.borders, borders, strict=True):
+        rows.addmm_(weights, _border_products(x, border).flatten(1))
     rows = torch.cat((rows, rows.view(-1, channels, channels).mT.flatten(1)))[places.flatten()]
     moment = rows.T.contiguous().view(channels, channels, positions, positions)
     return moment.transpose(1, 2).reshape(channels * positions, -1)
@@ -253,30 +269,32 @@ def _spectrum_moments(x: Tensor, one: Plan, transforms: list[Tensor]) -> tuple[T
     return even, odd
 
 
-def _border_products(x: Tensor, fixed: tuple[int, ...], lines: list[tuple[Line, ...]], rests: list[Sizes]) -> Tensor:
+def _border_products(x: Tensor, border: Border) -> Tensor:
     """Sum over samples and pixels of left right^T for every line and every offset of the other axes [., C, C]."""
     x = x.movedim(1, -1)
     ends: list[list[Tensor]] = [[], []]
-    for line in lines:
+    for lines in border.lines:
         for side in (0, 1):
-            at: list[int | slice] = [slice(None)] * (x.dim() - 1)
-            for axis, one in zip(fixed, line, strict=True):
-                at[1 + axis] = one.ends[side]
-            ends[side].append(x[tuple(at)])
+            end = x
+            # From the last axis on, so that the others keep their number.
+            for axis, line in reversed(list(zip(border.fixed, lines, strict=True))):
+                end = end.select(1 + axis, line.ends[side])
+            ends[side].append(end)
     left, right = torch.stack(ends[0]), torch.stack(ends[1])
-    space = left.shape[2:-1]
+    count, channels, space = left.shape[0], left.shape[-1], left.shape[2:-1]
     if space:
-        room = [max(abs(rest[axis]) for rest in rests) for axis in range(len(space))]
+        room = [max(abs(offset[axis]) for offset in border.offsets) for axis in range(len(space))]
         right = F.pad(right, [0, 0, *(side for size in reversed(room) for side in (size, size))])
         shifted = []
-        for rest in rests:
-            at = [slice(m + r, m + r + size) for m, r, size in zip(room, rest, space, strict=True)]
-            shifted.append(right[(slice(None), slice(None), *at)])
+        for offset in border.offsets:
+            end = right
+            for axis, (step, margin, size) in enumerate(zip(offset, room, space, strict=True)):
+                end = end.narrow(2 + axis, margin + step, size)
+            shifted.append(end)
         right = torch.stack(shifted, dim=-2)
     left = left.flatten(1, -2)
-    product = torch.bmm(left.mT, right.reshape(len(lines), left.shape[1], -1))
-    channels = left.shape[-1]
-    return product.view(len(lines), channels, -1, channels).transpose(1, 2).reshape(-1, channels, channels)
+    product = torch.bmm(left.mT, right.reshape(count, left.shape[1], -1))
+    return product.view(count, channels, -1, channels).transpose(1, 2).reshape(-1, channels, channels)
 
 
 def _phases(

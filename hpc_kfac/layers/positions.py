@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.layers.batch import LayerShape, Reading, Use
-from hpc_kfac.linalg.structure import Structure
+from hpc_kfac.linalg.structure import Dense, Structure
 
 # Elements of the largest temporary (patches, per-sample gradients): 16 MiB in float32.
 CHUNK = 1 << 22
@@ -49,6 +49,7 @@ class PositionBatch(ABC):
     def __init__(self, shape: LayerShape, uses: Sequence[Use], count: float, reading: Reading) -> None:
         self.shape, self.count = shape, count
         self.scale, self.draws, self.reduce, self.dtype = reading.scale, reading.draws, reading.reduce, reading.dtype
+        self.row_dtype: torch.dtype = getattr(reading, "rows", None) or reading.dtype
         # Uses of one micro-batch with equally many samples share them; their positions are added up.
         groups: dict[tuple[int, int], list[Part]] = {}
         for use in uses:
@@ -74,7 +75,7 @@ class PositionBatch(ABC):
         if self.reduce:
             rows = torch.cat([self._sample_inputs(group, slice(None)) for group in self.groups], dim=1)
             samples = sum(int((_kept(group) > 0).sum()) for group in self.groups)
-            return structure.gram(rows) / max(samples, 1)
+            return self.gram(rows, structure) / max(samples, 1)
         total: Tensor | float = 0.0
         for part in self._parts():
             total = total + self.input_gram(part, structure)
@@ -84,18 +85,19 @@ class PositionBatch(ABC):
         """Sum of x x^T over the samples and positions of one use."""
         total: Tensor | float = 0.0
         for which in self._input_chunks(part):
-            total = total + structure.gram(self.inputs(part, which).flatten(1, 2))
+            total = total + self.gram(self.inputs(part, which).flatten(1, 2), structure)
         return torch.as_tensor(total)
+
+    def gram(self, rows: Tensor, structure: Structure) -> Tensor:
+        """Sum of r r^T over rows [p, n, d]; dense products take rows in the dtype for rows, and none other does."""
+        return structure.gram(rows.to(self.row_dtype) if isinstance(structure, Dense) else rows).to(self.dtype)
 
     def output_moment(self, structure: Structure) -> Tensor:
         if self.reduce:
             rows = [self._sample_gradients(group, slice(None)).flatten(1, 2) for group in self.groups]
         else:
             rows = [self.gradients(part, slice(None)).flatten(1, 3) for part in self._parts()]
-        total = structure.gram(rows[0])
-        for more in rows[1:]:
-            total = total + structure.gram(more)
-        return total * (self.scale**2 / self.count)
+        return torch.stack([self.gram(some, structure) for some in rows]).sum(0) * (self.scale**2 / self.count)
 
     def means(self) -> tuple[Tensor, Tensor]:
         refuse_draws(self.draws)

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpc_kfac.linalg.solve import damped_inverse, multiply, positive_eigh, require_finite, spectral
+from hpc_kfac.linalg.solve import damped_inverse, positive_eigh, require_finite, spectral
+from hpc_kfac.linalg.symmetric import gram
 from hpc_kfac.linalg.workspace import Workspace, scratch
 
 
@@ -42,7 +43,7 @@ class Structure(ABC):
 
     @abstractmethod
     def gram(self, rows: Tensor) -> Tensor:
-        """Sum of r r^T over the rows [p, n, d], restricted to this structure."""
+        """Sum of r r^T over the rows [p, n, d], restricted to this structure; dense ones of 16-bit rows in float32."""
 
     @abstractmethod
     def from_dense(self, matrix: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class Dense(Structure):
         return (p, d, d)
 
     def gram(self, rows: Tensor) -> Tensor:
-        return multiply(rows.mT, rows)
+        return gram(rows)
 
     def from_dense(self, matrix: Tensor) -> Tensor:
         return matrix.clone()
@@ -404,7 +405,7 @@ class SpatiallyUncorrelated(Structure):
         channels = self._channels(d)
         split = rows[..., : channels * self.kernel].reshape(p, n, channels, self.kernel)
         columns = split.transpose(1, 2).reshape(p, channels, n * self.kernel)
-        return multiply(columns, columns.mT) / self.kernel
+        return gram(columns.mT) / self.kernel
 
     def from_dense(self, matrix: Tensor) -> Tensor:
         p, d, _ = matrix.shape
