@@ -37,6 +37,10 @@ class Workspace:
             return tensor
         return self.take(name, tensor.shape, dtype, tensor.device).copy_(tensor)
 
+    def number(self, name: str, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The number as a tensor [1, 1, 1]: an operand that is a Python number is allocated by torch in every call."""
+        return self.take(name, (1, 1, 1), dtype, device).fill_(value)
+
     def _piece(self, name: str, size: int, device: torch.device) -> Tensor:
         piece = self._pieces.get((name, device))
         if piece is None or piece.numel() < size:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.linalg.workspace import Workspace
-from hpc_kfac.methods.kronecker import EIGH, Kronecker, block_means, eigenvalue_grid
+from hpc_kfac.methods.kronecker import EIGH, Kronecker, eigenvalue_grid
 from hpc_kfac.methods.method import Cost, State, StateSpec
 
 if TYPE_CHECKING:
@@ -78,11 +78,8 @@ class EKFAC(Kronecker):
     ) -> Tensor:
         work = Workspace() if work is None else work
         moment = work.cast("moment", state["second_moment"], gradient.dtype)
-        damped = work.like("damped", gradient)
-        if self.relative_damping:
-            torch.add(moment, block_means(moment, work).mul_(damping), out=damped)
-        else:
-            torch.add(moment, damping, out=damped)
+        scale = self.spread_damping(damping, [moment], work)
+        damped = torch.add(moment, scale, out=work.like("damped", moment))
         return self.divide_in_basis(gradient, damped, state, shape, work)
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.linalg.workspace import Workspace
-from hpc_kfac.methods.kronecker import COMPOSE, EIGH, INVERSE, Kronecker, block_means, mean_or_one
+from hpc_kfac.methods.kronecker import COMPOSE, EIGH, INVERSE, Kronecker, mean_or_one
 from hpc_kfac.methods.method import Cost, State, StateSpec
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ class KFAC(Kronecker):
     ) -> Tensor:
         work = Workspace() if work is None else work
         if not self.sides(shape):
-            return torch.div(gradient, (1.0 + damping) ** self.power, out=work.like("update", gradient))
+            scale = work.number("damping", (1.0 + damping) ** self.power, gradient.dtype, gradient.device)
+            return torch.div(gradient, scale, out=work.like("update", gradient))
         if self._exact:
             damped = self._damped_values(state, shape, damping, gradient.dtype, work)
             return self.divide_in_basis(gradient, damped, state, shape, work)
@@ -151,12 +152,7 @@ class KFAC(Kronecker):
         size = (shape.blocks, 1 if g is None else shape.outputs, 1 if a is None else shape.inputs)
         damped = work.take("damped", size, dtype, sides[0].device)
         values = sides[0] if g is None or a is None else torch.mul(g, a, out=damped)
-        if not self.relative_damping:
-            return torch.add(values, damping, out=damped)
-        scale = work.take("scale", (shape.blocks, 1, 1), dtype, damped.device).fill_(damping)
-        for side in sides:
-            scale.mul_(block_means(side, work))
-        return torch.add(values, scale, out=damped)
+        return torch.add(values, self.spread_damping(damping, sides, work), out=damped)
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         a_factor, g_factor = self._by_side(state, shape, "")

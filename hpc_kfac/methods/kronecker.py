@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -148,6 +149,21 @@ class Kronecker(Method):
         divided = torch.div(rotated, values, out=work.like("divided", matrix))
         return work.cast("update", self.two_sided(divided, g_basis, _transposed(a_basis), shape, work), matrix.dtype)
 
+    def spread_damping(self, damping: float, values: Sequence[Tensor], work: Workspace) -> Tensor:
+        """The damping, or its share of the product of the mean values of each block, [p, m, n] -> [p or 1, 1, 1]."""
+        first = values[0]
+        scale = work.number("damping", damping, first.dtype, first.device)
+        if not self.relative_damping:
+            return scale
+        shape = (first.shape[0], 1, 1)
+        mean, zero = (work.take(name, shape, first.dtype, first.device) for name in ("mean", "zero"))
+        spread = work.take("spread", shape, first.dtype, first.device).copy_(scale)
+        for side in values:
+            torch.sum(side, (1, 2), keepdim=True, out=mean)
+            mean.div_(work.number("count", side[0].numel(), side.dtype, side.device))
+            spread.mul_(mean.add_(torch.logical_not(mean, out=zero)))  # as `mean_or_one`
+        return spread
+
     def to_basis(self, matrix: Tensor, state: State, shape: LayerShape) -> Tensor:
         """Q_G^T matrix Q_A, in the dtype of the matrix."""
         a_basis, g_basis = self.bases(state, shape)
@@ -183,16 +199,6 @@ def eigenvalue_grid(a_values: Tensor | None, g_values: Tensor | None) -> Tensor:
 def mean_or_one(mean: Tensor) -> Tensor:
     """Mean eigenvalues that scale a damping; those of a zero factor count as 1, so that its damping stays positive."""
     return torch.where(mean > 0, mean, torch.ones_like(mean))
-
-
-def block_means(values: Tensor, work: Workspace) -> Tensor:
-    """Mean of each block's values [p, m, n], as `mean_or_one`: [p, 1, 1], in scratch."""
-    shape = (values.shape[0], 1, 1)
-    means = work.take("means", shape, values.dtype, values.device)
-    torch.mean(values, (1, 2), keepdim=True, out=means)
-    positive = work.take("positive", shape, torch.bool, values.device)
-    torch.gt(means, 0, out=positive).logical_not_()
-    return means.masked_fill_(positive, 1.0)
 
 
 def _transposed(basis: Tensor | None) -> Tensor | None:
