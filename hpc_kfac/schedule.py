@@ -226,11 +226,18 @@ class RefreshTimes:
 
     def starting(self, step: int) -> tuple[str, ...]:
         """The layers whose refresh starts at the step."""
-        return tuple(layer for layer in self._times if self._starts(layer, step))
+        begin = _latest(self._schedule.refresh, step)
+        return tuple(layer for layer, times in self._times.items() if self._starts(layer, times, step, begin))
 
     def landing(self, step: int) -> tuple[str, ...]:
         """The layers whose new solved form is used from this step on."""
-        return tuple(layer for layer in self._times if self._lands(layer, step))
+        start = step - self._schedule.lag
+        started = set(self.starting(start)) if start >= 0 else ()
+        return tuple(
+            layer
+            for layer, times in self._times.items()
+            if step == times.first or (start > times.first and layer in started)
+        )
 
     def overdue(self, layers: Iterable[str], step: int) -> None:
         """Takes back the refreshes that these layers started at the step, for they came to nothing.
@@ -282,22 +289,16 @@ class RefreshTimes:
         for place, layer in enumerate(saved):
             self._times[layer] = _LayerTimes(**{name: int(state[name][place]) for name in names})
 
-    def _starts(self, layer: str, step: int) -> bool:
-        times, lag = self._times[layer], self._schedule.lag
+    def _starts(self, layer: str, times: _LayerTimes, step: int, begin: int) -> bool:
+        """Whether the layer starts at the step; `begin` is where the schedule's latest refresh began."""
         if step <= times.again:
             return step == times.again
+        if begin == 0 or step - begin != self._turn[layer]:
+            return False
         repeated = times.again > times.first
-        if repeated and lag and step <= times.again + lag:
+        if repeated and step <= times.again + self._schedule.lag:
             return False  # what was repeated is still under way
-        begin = _latest(self._schedule.refresh, step)
-        own = begin > 0 and step == begin + self._turn[layer]
-        return own and (times.due <= begin or times.started == step)
-
-    def _lands(self, layer: str, step: int) -> bool:
-        times, start = self._times[layer], step - self._schedule.lag
-        if step == times.first:
-            return True
-        return start > times.first and self._starts(layer, start)
+        return times.due <= begin or times.started == step
 
 
 def _latest(interval: Interval, step: int) -> int:
