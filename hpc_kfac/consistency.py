@@ -47,7 +47,7 @@ def check_weights(parameters: Mapping[str, nn.Parameter], comm: Communicator, st
         ranks = _listed(rank for rank, value in enumerate(found.flatten().tolist()) if value == worst)
         raise WeightsDiffer(
             f"step {step}: the weights have drifted apart: {names[worst]} on rank(s) {ranks} differs from rank 0's;"
-            " look for ranks with other data types, libraries or hardware, for a weight that one rank alone changes, and"
+            " look for ranks with other data types, libraries or hardware, for weights that one rank alone changes, and"
             " for all_local decompositions on unlike machines"
         )
 

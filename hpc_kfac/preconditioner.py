@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from hpc_kfac.collector import Collector, FisherSource
 from hpc_kfac.consistency import check_weights
 from hpc_kfac.damping import LevenbergMarquardt, as_damping
-from hpc_kfac.distributed import Assignment, Communicator, Kaisa, UnitCost, communicator
+from hpc_kfac.distributed import (
+    Assignment,
+    Communicator,
+    Kaisa,
+    MPICommunicator,
+    UnitCost,
+    Watchdog,
+    communicator,
+)
 from hpc_kfac.execution import Executor
 from hpc_kfac.fisher import CrossEntropy, OutputDistribution
 from hpc_kfac.layers import Capture
@@ -56,6 +64,8 @@ class Preconditioner:
         micro_batches: forward and backward passes of one optimisation step. With the last one, factors are reduced
             while the backward pass goes on.
         check_weights_every: steps between two checks that all ranks have the same weights; None never checks.
+        stall_seconds: a collective that takes longer than this ends the job with a message that names it and the ranks
+            that are missing; None waits for ever. Over mpi4py only.
 
     Raises:
         ValueError: a model without a layer that can be captured, or KLClip without an optimizer.
@@ -79,6 +89,7 @@ class Preconditioner:
         max_skipped: int = 10,
         micro_batches: int = 1,
         check_weights_every: int | None = None,
+        stall_seconds: float | None = None,
     ) -> None:
         if isinstance(step_control, KLClip) and step_control.needs_learning_rate and optimizer is None:
             raise ValueError("KLClip needs the learning rate: pass optimizer=..., or step_control=None")
@@ -101,6 +112,9 @@ class Preconditioner:
         self._check_weights_every = check_weights_every
         self._skipped_in_row = 0
         self._comm = communicator(comm)
+        self._watchdog = None
+        if stall_seconds is not None and isinstance(self._comm, MPICommunicator) and self._comm.size > 1:
+            self._watchdog = Watchdog(self._comm.mpi, self._comm.monitor, stall_seconds)
         self._problem = self._make_problem(placement or Kaisa())
         self._times = RefreshTimes(self.schedule, self._refresh_costs())
         self.timeline = Timeline(self._comm.rank)
@@ -307,8 +321,10 @@ class Preconditioner:
         self._executor.serve(lambda due: self._plan(due, 0))
 
     def close(self) -> None:
-        """Lets the helper ranks go; call it on all trainers after the last step. Waits for refreshes under way."""
+        """Lets the helper ranks go and ends the watchdog; call it on all trainers after the last step."""
         self._executor.close()
+        if self._watchdog is not None:
+            self._watchdog.stop()
 
     @property
     def waited(self) -> float:

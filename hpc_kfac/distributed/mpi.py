@@ -33,6 +33,11 @@ class MPICommunicator(Communicator):
         if family is None:
             self.monitor.rank = comm.rank
 
+    @property
+    def mpi(self) -> Any:
+        """The mpi4py communicator itself."""
+        return self._comm
+
     def _split(self, color: int, name: str) -> Communicator:
         return MPICommunicator(self._comm.Split(color, self.rank), self._family, name)
 

@@ -61,11 +61,10 @@ class CapturedLayer(ABC):
     def tensors(self, matrix: Tensor) -> list[Tensor]:
         """The inverse of ``matrix``: views shaped like ``parameters``."""
         if not self.has_bias:
-            return [matrix.reshape(self.parameters[0].shape)]
-        weight, bias = matrix[..., :-1], matrix[..., -1]
-        return [weight.reshape(self.parameters[0].shape), bias.reshape(self.parameters[1].shape)]
+            return [matrix.reshape_as(self.parameters[0])]
+        columns = (matrix.narrow(2, 0, self.shape.inputs - 1), matrix.select(2, -1))
+        return [column.reshape_as(parameter) for column, parameter in zip(columns, self.parameters, strict=True)]
 
-    @torch.no_grad()
     def gradient(self, work: Workspace | None = None) -> Tensor:
         """The gradient [p, o, a] in at least float32; a missing ``.grad`` counts as zeros.
 

@@ -81,7 +81,7 @@ class Eva(Method):
 def _vectors(state: State, dtype: torch.dtype, work: Workspace) -> tuple[Tensor, Tensor]:
     """The means as columns [p, a, 1] and [p, o, 1]."""
     a, g = (work.cast(name, state[name], dtype) for name in ("a_mean", "g_mean"))
-    return a[:, :, None], g[:, :, None]
+    return a.unsqueeze(2), g.unsqueeze(2)
 
 
 def _product(matrix: Tensor, a: Tensor, g: Tensor, work: Workspace) -> Tensor:

@@ -146,8 +146,8 @@ class KFAC(Kronecker):
     ) -> Tensor:
         """d_G d_A^T + damping, broadcasting to [p, o, a]."""
         a_values, g_values = self._by_side(state, shape, "_values")
-        a = None if a_values is None else work.cast("A values", a_values, dtype)[:, None, :]
-        g = None if g_values is None else work.cast("G values", g_values, dtype)[:, :, None]
+        a = None if a_values is None else work.cast("A values", a_values, dtype).unsqueeze(1)
+        g = None if g_values is None else work.cast("G values", g_values, dtype).unsqueeze(2)
         sides = [side for side in (g, a) if side is not None]
         size = (shape.blocks, 1 if g is None else shape.outputs, 1 if a is None else shape.inputs)
         damped = work.take("damped", size, dtype, sides[0].device)

@@ -1,7 +1,8 @@
-"""The seam behind which gradients are averaged over ranks: Horovod, torch DDP, plain mpi4py, or nothing.
+"""The seam behind which gradients are averaged over ranks: Horovod, torch DDP, plain mpi4py, owners, or nothing.
 
-Each backend leaves the plain mean over ranks in `.grad`. The loop weighs every rank's loss by its share of the terms,
-so that this mean is the gradient of the mean loss over the whole batch, also where shards differ in size or are empty.
+Each backend leaves the plain mean over ranks in `.grad`, where owners update only in that of the owner. The loop weighs
+every rank's loss by its share of the terms, so that this mean is the gradient of the mean loss over the whole batch,
+also where shards differ in size or are empty.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hpc_kfac import OwnerOptimizer, Preconditioner
 from hpc_kfac.training.launch import InputError, Ranks
 
 
@@ -41,8 +43,16 @@ class Averaging(Protocol):
         """Waits until `.grad` holds the mean over ranks. Collective."""
         ...
 
+    def gradient_norm(self) -> Tensor:
+        """Norm of the whole averaged gradient. Collective."""
+        ...
+
     def update(self, step: Callable[[], Any]) -> None:
-        """Calls `step`, which takes the optimizer's step, without reducing once more."""
+        """Calls `step`, which takes the optimizer's step, without reducing once more. On all ranks."""
+        ...
+
+    def skip(self) -> None:
+        """Leaves the update of this step out, on all ranks."""
         ...
 
     def close(self) -> None:
@@ -58,6 +68,7 @@ class _Plain:
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.forward: Callable[[Tensor], Tensor] = model
         self.optimizer = optimizer
+        self._model = model
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -65,11 +76,52 @@ class _Plain:
     def synchronize(self) -> None:
         pass
 
+    def gradient_norm(self) -> Tensor:
+        return nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
+
     def update(self, step: Callable[[], Any]) -> None:
         step()
 
+    def skip(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
+
+
+class OwnerAveraging(_Plain):
+    """Gradients go to the owners of the layers, and new weights come back (`hpc_kfac.OwnerOptimizer`), over mpi4py."""
+
+    name = "owner"
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
+        super().__init__(model, optimizer)
+        _start_equal(model, ranks)
+        self._owners: OwnerOptimizer | None = None
+
+    def own(self, preconditioner: Preconditioner, passes: int) -> None:
+        """Hands the layers to the owners that the preconditioner's placement names.
+
+        Raises:
+            ValueError: its placement has more than one grad worker a layer.
+        """
+        self._owners = OwnerOptimizer(self.optimizer, self._model, preconditioner, passes)
+
+    def _made(self) -> OwnerOptimizer:
+        assert self._owners is not None, "own() comes first"
+        return self._owners
+
+    def synchronize(self) -> None:
+        self._made().synchronize()
+
+    def gradient_norm(self) -> Tensor:
+        return torch.tensor(self._made().gradient_norm())
+
+    def update(self, step: Callable[[], Any]) -> None:
+        self._made().step(step)
+
+    def skip(self) -> None:
+        self._made().abandon()
 
 
 class MPIAveraging(_Plain):
@@ -86,8 +138,7 @@ class MPIAveraging(_Plain):
         self._views = [
             part.view_as(parameter) for part, parameter in zip(self._buffer.split(sizes), self._parameters, strict=True)
         ]
-        for tensor in model.state_dict().values():
-            tensor.copy_(ranks.broadcast(tensor.cpu()))
+        _start_equal(model, ranks)
 
     def synchronize(self) -> None:
         for parameter, view in zip(self._parameters, self._views, strict=True):
@@ -155,21 +206,26 @@ class DDPAveraging(_Plain):
             store = torch.distributed.TCPStore(host, port, ranks.size, is_master=False)
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size)
-        self._model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        self.forward = self._model
+        self._ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        self.forward = self._ddp
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext() if last else self._model.no_sync()
+        return contextlib.nullcontext() if last else self._ddp.no_sync()
 
     def close(self) -> None:
         torch.distributed.destroy_process_group()
+
+
+def _start_equal(model: nn.Module, ranks: Ranks) -> None:
+    for tensor in model.state_dict().values():
+        tensor.copy_(ranks.broadcast(tensor.cpu()))
 
 
 def make_averaging(name: str, model: nn.Module, optimizer: Optimizer, ranks: Ranks, passes: int) -> Averaging:
     """The named backend, with rank 0's weights on all ranks; nothing to do for one process.
 
     Args:
-        name: horovod, ddp or mpi4py.
+        name: horovod, ddp, mpi4py or owner.
         model: to be trained.
         optimizer: of its parameters.
         ranks: all processes.
@@ -181,4 +237,6 @@ def make_averaging(name: str, model: nn.Module, optimizer: Optimizer, ranks: Ran
         return HorovodAveraging(model, optimizer, ranks, passes)
     if name == "ddp":
         return DDPAveraging(model, optimizer, ranks)
+    if name == "owner":
+        return OwnerAveraging(model, optimizer, ranks)
     return MPIAveraging(model, optimizer, ranks)

@@ -40,7 +40,8 @@ class RunSettings:
         accumulation_steps: micro-batches a rank splits its part of a batch into.
         clip_gradient: largest norm of the averaged gradient, before it is preconditioned.
         seed: of weights, order of samples, augmentation, dropout and sampled labels.
-        averaging: what averages gradients over ranks.
+        averaging: what averages gradients over ranks; owner sends them to the ranks that own the layers, which update
+            (over mpi4py; needs one grad worker a layer: placement.grad_worker_fraction 0).
         device: auto takes the rank's GPU where there is one.
         threads: of torch on each rank; null leaves OMP_NUM_THREADS, or shares the cores between the ranks.
         workers: processes a rank reads data with; 0 reads in the rank itself.
@@ -49,6 +50,10 @@ class RunSettings:
         weight_sharing: how a layer's statistics treat positions that share its weights.
         skip: name patterns of layers that are left to the optimizer.
         max_skipped: non-finite gradients in a row that end the run.
+        check_weights_every: steps between two checks that all ranks have the same weights; null never checks.
+        stall_seconds: a collective of the preconditioner that a rank waits for longer than this ends the run, naming
+            the ranks that are missing; null waits for ever.
+        trace_steps: write a timeline (Chrome trace) of so many steps, for each rank.
         log_every: steps between two rows of metrics.
         evaluate_every: epochs between two evaluations; the end of the run always has one.
         tensorboard: also write TensorBoard files.
@@ -66,7 +71,7 @@ class RunSettings:
     accumulation_steps: int = 1
     clip_gradient: float | None = None
     seed: int = 0
-    averaging: Literal["horovod", "ddp", "mpi4py"] = "horovod"
+    averaging: Literal["horovod", "ddp", "mpi4py", "owner"] = "horovod"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     workers: int = 0
@@ -75,6 +80,9 @@ class RunSettings:
     weight_sharing: Literal["expand", "reduce"] = "expand"
     skip: list[str] = field(default_factory=list)
     max_skipped: int = 10
+    check_weights_every: int | None = 1000
+    stall_seconds: float | None = 600.0
+    trace_steps: int = 0
     log_every: int = 50
     evaluate_every: int = 1
     tensorboard: bool = False
@@ -84,7 +92,16 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         whole = ("epochs", "global_batch", "evaluation_batch", "accumulation_steps", "log_every", "evaluate_every")
-        for name in (*whole, "max_steps", "max_seconds", "clip_gradient", "threads", "max_skipped"):
+        for name in (
+            *whole,
+            "max_steps",
+            "max_seconds",
+            "clip_gradient",
+            "threads",
+            "max_skipped",
+            "check_weights_every",
+            "stall_seconds",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} is {value}; give a positive number")
@@ -162,6 +179,11 @@ class Settings:
     run: RunSettings
     parts: dict[str, Component]
     resolved: str
+
+    @property
+    def helpers(self) -> int:
+        """Ranks that only decompose."""
+        return 0 if self.parts["method"].make is None else self.parts["placement"]().helpers
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hpc_kfac import StepReport, TrainingDiverged
+from hpc_kfac.timing import Timeline
 from hpc_kfac.training.launch import Ranks
 
 
@@ -27,6 +28,7 @@ class FirstOrder:
         self._model, self._ranks, self._max_skipped = model, ranks, max_skipped
         self._skipped_in_row = 0
         self.timings: dict[str, float] = {}
+        self.timeline = Timeline(ranks.rank)
 
     def observe(self, outputs: Any, **about: Any) -> None:
         """Nothing to observe."""
@@ -44,7 +46,10 @@ class FirstOrder:
         self._skipped_in_row = 0 if applied else self._skipped_in_row + 1
         if self._skipped_in_row > self._max_skipped:
             raise TrainingDiverged(f"{self._skipped_in_row} steps in a row had non-finite gradients")
-        return StepReport(applied, 1.0, 0.0, False, 0, 0, totals, {})
+        return StepReport(applied, 1.0, 0.0, False, 0, 0, 0, totals, {})
 
     def adapt_damping(self, evaluate: Callable[[], float], loss: float) -> None:
         """There is no damping."""
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -64,12 +64,30 @@ class Ranks:
     def sum_tensor(self, tensor: torch.Tensor) -> None:
         """Sums a contiguous tensor over ranks in place. Collective."""
         if self.comm is not None:
-            from mpi4py import MPI
-
             host = tensor.detach().cpu()
-            self.comm.Allreduce(MPI.IN_PLACE, host.numpy())
+            self.comm.Allreduce(_in_place(), host.numpy())
             if host.data_ptr() != tensor.data_ptr():
                 tensor.copy_(host)
+
+    def sum_later(self, value: float) -> Callable[[], float]:
+        """Begins to sum a number over ranks; calling the result waits for it. Collective."""
+        if self.comm is None:
+            return lambda: value
+        total = torch.tensor([value], dtype=torch.float64)
+        request = self.comm.Iallreduce(_in_place(), total.numpy())
+
+        def wait() -> float:
+            request.Wait()
+            return total.item()
+
+        return wait
+
+    def without_last(self, count: int) -> Ranks:
+        """All but the last ranks; on these, the last ones. Collective."""
+        if count == 0 or self.comm is None:
+            return self
+        comm = self.comm.Split(int(self.rank >= self.size - count))
+        return Ranks(comm, comm.rank, comm.size, self.local_rank, self.local_size)
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -88,6 +106,12 @@ class Ranks:
         if failed:
             where = "" if len(failed) == self.size else f"rank {failed[0]} of {self.size}: "
             raise InputError(where + problems[failed[0]])
+
+
+def _in_place() -> Any:
+    from mpi4py import MPI
+
+    return MPI.IN_PLACE
 
 
 def alone() -> Ranks:

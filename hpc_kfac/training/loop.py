@@ -60,7 +60,7 @@ class Loop:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.run_settings.autocast)
         self.autocast = torch.autocast(setup.device.type, dtype=dtype, enabled=dtype is not None)
         self.scaler = torch.amp.GradScaler(setup.device.type, enabled=dtype is torch.float16)
-        self.clock, self.strength, self.interval = Clock(), Strength(), Interval()
+        self.clock, self.strength, self.interval = Clock(setup.preconditioner.timeline), Strength(), Interval()
         self.step = 0
         self.seconds = 0.0
         self.last_good = "no step yet"
@@ -73,6 +73,7 @@ class Loop:
             RunStopped: the loss is not finite, or too many steps in a row were not.
         """
         self.console.start(self.setup.length.steps)
+        self.setup.preconditioner.timeline.recording = self.run_settings.trace_steps > 0
         self.setup.model.train()
         epoch = 0
         while self.step < self.setup.length.steps and self._epoch(epoch):
@@ -110,18 +111,20 @@ class Loop:
         self.optimizer.zero_grad()
         parts = self._micro_batches(batch)
         sums = Sums()
-        for number, part in enumerate(parts):
+        for part in parts:
             with (
                 keyed(self.run_settings.seed, self.step, part.indices),
-                self.setup.averaging.micro_batch(last=number == len(parts) - 1),
+                self.setup.averaging.micro_batch(last=part is parts[-1]),
             ):
-                sums.add(self._forward_backward(part))
+                self._forward_backward(part, sums, last=part is parts[-1])
         with self.clock.phase("gradient_allreduce"):
-            self._finish_gradients(batch, sums["terms"])
+            self._finish_gradients(batch)
         report = self._precondition(sums)
         self._update(report)
         self._adapt_damping(parts, sums)
         self.step += 1
+        if self.step == self.run_settings.trace_steps:
+            self._write_trace()
         return report
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
@@ -134,14 +137,19 @@ class Loop:
             for x, y, index in zip(inputs, targets, indices, strict=True)
         ]
 
-    def _forward_backward(self, part: Batch) -> dict[str, float]:
-        """Adds the part's gradients; returns its sums."""
+    def _forward_backward(self, part: Batch, sums: Sums, last: bool) -> None:
+        """Adds the part's gradients and its sums."""
         # Batch norm can make nothing of no samples. The passes are taken all the same: others wait for the gradients.
         self.setup.model.train(len(part.indices) > 0)
         with self.clock.phase("forward"), self.autocast:
             outputs = self.setup.averaging.forward(part.inputs)
             loss = self.loss(outputs, part.targets)
         terms = self.loss.terms(outputs, part.targets)
+        sums.add(
+            {"objective": float(loss.detach()) * terms, **totals(self.loss.metrics(outputs.float(), part.targets))}
+        )
+        if last:  # how many terms there are in all is needed after the backward pass
+            self._all_terms = self.setup.ranks.sum_later(sums["terms"])
         # The mean over ranks of the scaled losses is the sum over all terms, per sample of the global batch.
         scale = terms * self.setup.ranks.size / part.global_size
         self.setup.preconditioner.observe(
@@ -155,18 +163,18 @@ class Loop:
         with self.clock.phase("backward"):
             self.scaler.scale(loss * scale).backward()
         self.setup.model.train()
-        return {"objective": float(loss.detach()) * terms, **totals(self.loss.metrics(outputs.float(), part.targets))}
 
-    def _finish_gradients(self, batch: Batch, terms: float) -> None:
+    def _finish_gradients(self, batch: Batch) -> None:
         """Makes `.grad` the gradient of the mean loss over all terms of the global batch."""
         self.setup.averaging.synchronize()
         self.scaler.unscale_(self.optimizer)
-        terms = self.setup.ranks.sum({"terms": terms})["terms"]
+        terms = self._all_terms()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if terms not in (0, batch.global_size):
             torch._foreach_mul_(gradients, batch.global_size / terms)
         if self.run_settings.clip_gradient is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.run_settings.clip_gradient)
+            norm = self.setup.averaging.gradient_norm()
+            nn.utils.clip_grads_with_norm_(self.parameters, self.run_settings.clip_gradient, norm)
 
     def _precondition(self, sums: Sums) -> StepReport:
         over = self.run_settings.max_seconds is not None and self.seconds > self.run_settings.max_seconds
@@ -187,6 +195,8 @@ class Loop:
             if report.applied:
                 self.setup.averaging.update(lambda: self.scaler.step(self.optimizer))
                 self.last_good = f"step {self.step} with a training loss of {self._mean_loss(report):.4g}"
+            else:
+                self.setup.averaging.skip()
             self.scaler.update()
 
     def _adapt_damping(self, parts: list[Batch], sums: Sums) -> None:
@@ -208,6 +218,11 @@ class Loop:
                     total += float(self.loss(outputs, part.targets)) * count
                     terms += count
         return total / max(1.0, terms)
+
+    def _write_trace(self) -> None:
+        timeline = self.setup.preconditioner.timeline
+        timeline.recording = False
+        timeline.write(self.folder.path / f"trace_rank{self.setup.ranks.rank}.json")
 
     def _logged(self, steps: int) -> bool:
         """Whether a row of metrics follows so many steps."""

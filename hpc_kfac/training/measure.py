@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from hpc_kfac import StepReport
-from hpc_kfac.timing import timed
+from hpc_kfac.timing import Timeline, timed
 from hpc_kfac.training.launch import Ranks
 
 NO_OP_COSINE = 0.95
@@ -29,14 +30,23 @@ class Sums(defaultdict[str, float]):
 
 
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase.
 
-    def __init__(self) -> None:
+    Args:
+        timeline: gets the phases, too.
+    """
+
+    def __init__(self, timeline: Timeline | None = None) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._timeline = timeline or Timeline()
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
         """Adds the time spent in the block."""
-        return timed(self.seconds, name)
+        start = time.perf_counter()
+        with timed(self.seconds, name):
+            yield
+        self._timeline.span(name, "trainer", start, time.perf_counter())
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call."""

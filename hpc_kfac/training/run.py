@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import torch
+
 from hpc_kfac import Preconditioner
 from hpc_kfac.training.config import Settings
 from hpc_kfac.training.console import Console
-from hpc_kfac.training.launch import Ranks
+from hpc_kfac.training.launch import InputError, Ranks
 from hpc_kfac.training.loop import Loop, Result
 from hpc_kfac.training.run_folder import create_run_folder
-from hpc_kfac.training.setup import Setup, build
+from hpc_kfac.training.setup import Setup, build, make_preconditioner
 
 
-def run(settings: Settings, ranks: Ranks) -> Result:
-    """Trains as the settings say and prints a summary. Collective."""
+def run(settings: Settings, ranks: Ranks) -> Result | None:
+    """Trains as the settings say and prints a summary; None on a rank that only helped. Collective."""
+    helpers = settings.helpers
+    if helpers >= ranks.size:
+        raise InputError(
+            f"placement.helpers is {helpers} with {ranks.size} rank(s); at least one must be left to train"
+        )
+    everyone, ranks = ranks, ranks.without_last(helpers)
+    if everyone.rank >= everyone.size - helpers:
+        help_others(settings, ranks, everyone)
+        return None
     console = Console(ranks.rank == 0, settings.run.progress)
-    setup = build(settings, ranks)
+    setup = build(settings, ranks, everyone)
     folder = create_run_folder(settings, ranks, setup.device)
     console.say(_opening(setup))
     try:
@@ -24,10 +35,21 @@ def run(settings: Settings, ranks: Ranks) -> Result:
         folder.close()
     setup.train.close()
     setup.test.close()
+    setup.preconditioner.close()
     setup.averaging.close()
     console.say(_summary(setup, result))
     console.say(f"Run folder: {folder.path}")
     return result
+
+
+def help_others(settings: Settings, helpers: Ranks, everyone: Ranks) -> None:
+    """What a helper rank does: decomposes factors until the trainers have finished."""
+    with helpers.agreed():
+        model = settings.parts["task"](seed=settings.run.seed).model
+    unused = torch.optim.SGD(model.parameters())
+    preconditioner = make_preconditioner(settings, model, unused, helpers, everyone)
+    assert isinstance(preconditioner, Preconditioner)
+    preconditioner.serve()
 
 
 def _opening(setup: Setup) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hpc_kfac import Preconditioner
-from hpc_kfac.training.averaging import Averaging, make_averaging
-from hpc_kfac.training.config import Settings
+from hpc_kfac.training.averaging import Averaging, OwnerAveraging, make_averaging
+from hpc_kfac.training.config import RunSettings, Settings
 from hpc_kfac.training.first_order import FirstOrder
 from hpc_kfac.training.launch import InputError, Ranks, choose_device, set_threads
 from hpc_kfac.training.loader import Loader
@@ -25,7 +25,7 @@ class Setup:
 
     Attributes:
         settings: all of them.
-        ranks: all processes.
+        ranks: all that train.
         device: of this rank.
         task: data and loss.
         model: on the device.
@@ -50,8 +50,13 @@ class Setup:
     learning_rate: LearningRate
 
 
-def build(settings: Settings, ranks: Ranks) -> Setup:
+def build(settings: Settings, ranks: Ranks, everyone: Ranks | None = None) -> Setup:
     """Builds a run. Collective.
+
+    Args:
+        settings: of the run.
+        ranks: those that train.
+        everyone: all ranks, where some only help.
 
     Raises:
         InputError: something in the settings or the data cannot be used.
@@ -69,14 +74,27 @@ def build(settings: Settings, ranks: Ranks) -> Setup:
         optimizer = parts["optimizer"](model=model)
         learning_rate = parts["lr_schedule"](length=length)
     averaging = make_averaging(run.averaging, model, optimizer, ranks, run.accumulation_steps)
-    preconditioner = make_preconditioner(settings, model, averaging.optimizer, ranks)
+    preconditioner = make_preconditioner(settings, model, averaging.optimizer, ranks, everyone)
+    if isinstance(averaging, OwnerAveraging):
+        _own(averaging, preconditioner, run)
     return Setup(settings, ranks, device, task, model, averaging, preconditioner, train, test, length, learning_rate)
 
 
+def _own(averaging: OwnerAveraging, preconditioner: Preconditioner | FirstOrder, run: RunSettings) -> None:
+    if isinstance(preconditioner, FirstOrder):
+        raise InputError("averaging is owner, which needs a method that owns layers; use averaging: horovod")
+    if run.autocast == "fp16":
+        raise InputError("averaging is owner and autocast fp16, whose scaler needs all gradients; use autocast: bf16")
+    try:
+        averaging.own(preconditioner, run.accumulation_steps)
+    except ValueError as error:
+        raise InputError(f"averaging is owner: {error}") from error
+
+
 def make_preconditioner(
-    settings: Settings, model: nn.Module, optimizer: Any, ranks: Ranks
+    settings: Settings, model: nn.Module, optimizer: Any, ranks: Ranks, everyone: Ranks | None = None
 ) -> Preconditioner | FirstOrder:
-    """The preconditioner that the settings describe, or its stand-in. Collective.
+    """The preconditioner that the settings describe, or its stand-in. Collective, over everyone.
 
     Raises:
         InputError: it cannot be built.
@@ -93,11 +111,14 @@ def make_preconditioner(
             method=method,
             **components,
             fisher=run.fisher,
-            comm=ranks.comm,
+            comm=(everyone or ranks).comm,
             skip=run.skip,
             weight_sharing=run.weight_sharing,
             seed=run.seed,
             max_skipped=run.max_skipped,
+            micro_batches=run.accumulation_steps,
+            check_weights_every=run.check_weights_every,
+            stall_seconds=run.stall_seconds,
         )
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -1,0 +1,109 @@
+"""One small training, on any number of ranks, with any placement, for tests that compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hpc_kfac as hk
+
+DOUBLE = hk.Precision(torch.float64, torch.float64, torch.float64)
+BATCH, STEPS = 37, 4  # no rank count divides it, and every factor has full rank, without which eigenbases are arbitrary
+
+METHODS: dict[str, Callable[[], hk.Method]] = {
+    "kfac-eigen": lambda: hk.KFAC(damping=0.1, solver="eigen"),
+    "kfac-cholesky": lambda: hk.KFAC(damping=0.1, solver="cholesky"),
+    "ekfac": lambda: hk.EKFAC(damping=0.1),
+    "eva": lambda: hk.Eva(damping=0.1),
+    "sample-matrix": lambda: hk.SampleMatrix(damping=0.1, rows=37),
+}
+
+
+class Net(nn.Module):
+    """Every kind of layer, without BatchNorm, whose statistics differ between shards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.grouped = nn.Conv2d(4, 4, 3, stride=2, groups=2, bias=False)
+        self.norm = nn.GroupNorm(2, 4)
+        self.head = nn.Linear(4 * 2 * 2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        return self.head(self.norm(self.grouped(x)).tanh().flatten(1))
+
+
+def shard(step: int, rank: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A rank's part of a step's batch: inputs, labels, indices."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, 2, 5, 5, generator=generator, dtype=torch.float64)
+    y = torch.randint(5, (BATCH,), generator=generator)
+    index = torch.arange(BATCH)[rank::ranks]
+    return x[index], y[index], index
+
+
+def train(
+    comm: Any,
+    method: hk.Method,
+    *,
+    carrier: Any = None,
+    fraction: float = 1.0,
+    placement: hk.Kaisa | None = None,
+    fisher: Any = "empirical",
+    accumulation: int = 1,
+    schedule: hk.Schedule | None = None,
+    steps: int = STEPS,
+    precision: hk.Precision = DOUBLE,
+    owners_update: bool = False,
+    before_step: Callable[[hk.Preconditioner, int], None] = lambda preconditioner, step: None,
+) -> tuple[Tensor | None, hk.Preconditioner]:
+    """Weights after some steps, None on a helper rank, and the preconditioner.
+
+    Args:
+        comm: an mpi4py communicator; None for one process that sees the whole batch.
+        carrier: carries factors and inverses instead of comm.
+    """
+    torch.manual_seed(0)
+    model = Net().double()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    preconditioner = hk.Preconditioner(
+        model,
+        sgd,
+        method=method,
+        placement=placement or hk.Kaisa(fraction),
+        schedule=schedule or hk.Schedule(statistics=1, refresh=2),
+        step_control=hk.KLClip(1e-2),
+        fisher=fisher,
+        precision=precision,
+        comm=carrier or comm,
+        micro_batches=accumulation,
+    )
+    rank, ranks = (comm.rank, preconditioner.assignment.trainers) if comm is not None else (0, 1)
+    trainers = comm.Split(int(rank >= ranks)) if comm is not None else None
+    if rank >= ranks:
+        preconditioner.serve()
+        return None, preconditioner
+    optimizer = hk.OwnerOptimizer(sgd, model, preconditioner, accumulation) if owners_update else sgd
+    for step in range(steps):
+        optimizer.zero_grad()
+        x, y, index = shard(step, rank, ranks)
+        for part in torch.arange(len(x)).chunk(accumulation):
+            outputs = model(x[part])
+            weight = len(part) * ranks / BATCH
+            preconditioner.observe(outputs, loss_scale=weight, sample_index=index[part])
+            (nn.functional.cross_entropy(outputs, y[part]) * weight).backward()
+        if isinstance(optimizer, hk.OwnerOptimizer):
+            optimizer.synchronize()
+        elif trainers is not None:
+            for p in model.parameters():
+                p.grad.copy_(torch.from_numpy(trainers.allreduce(p.grad.numpy())) / ranks)
+        before_step(preconditioner, step)
+        report = preconditioner.step(log=True)
+        assert report.applied
+        optimizer.step()
+    preconditioner.close()
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), preconditioner

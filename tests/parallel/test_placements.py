@@ -1,0 +1,231 @@
+"""Every placement, payload and schedule against one process: equal where the mathematics is, close where it is not."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import hpc_kfac as hk
+from parallel.small_training import DOUBLE, METHODS, STEPS, shard, train
+
+RATES = hk.Rates(flops=1e9, latency=1e-6, bandwidth=1e9)  # some of the small net's units are below it, some above
+
+PLACEMENTS = {
+    "apart": hk.Kaisa(1.0, colocate=False),
+    "apart, one worker": hk.Kaisa(0.0, colocate=False),
+    "all local": hk.Kaisa(1.0, all_local=RATES),
+    "owner": hk.Kaisa(0.0, factors="owner"),
+    "owner, all workers": hk.Kaisa(1.0, factors="owner"),
+}
+
+
+@pytest.mark.ranks(1, 2, 3, 4, 6)
+@pytest.mark.parametrize("name", METHODS)
+def test_equals_one_process(comm, name):
+    schedule = hk.Schedule(statistics=1, refresh=2)
+    whole, _ = train(None, METHODS[name](), schedule=schedule)
+    for placement, kind in PLACEMENTS.items():
+        spread, _ = train(comm, METHODS[name](), placement=kind, schedule=schedule)
+        torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9, msg=lambda m, p=placement: f"{p}: {m}")
+
+
+@pytest.mark.ranks(1, 2, 3, 4, 6)
+@pytest.mark.parametrize("name", METHODS)
+def test_owners_update(comm, name):
+    whole, _ = train(None, METHODS[name]())
+    for factors in ("all", "owner"):
+        placement = hk.Kaisa(0.0, factors=factors)
+        spread, _ = train(comm, METHODS[name](), placement=placement, owners_update=True)
+        torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9)
+        assert all(torch.equal(spread, other) for other in comm.allgather(spread))
+
+
+@pytest.mark.ranks(2, 3, 4, 6)
+@pytest.mark.parametrize("name", ["kfac-eigen", "kfac-cholesky"])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_helpers(comm, name, lag):
+    schedule = hk.Schedule(statistics=1, refresh=2, lag=lag)
+    whole, _ = train(None, METHODS[name](), schedule=schedule, steps=6)
+    for helpers in range(1, min(comm.size, 3)):
+        spread, _ = train(comm, METHODS[name](), placement=hk.Kaisa(helpers=helpers), schedule=schedule, steps=6)
+        if comm.rank < comm.size - helpers:
+            torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9)
+
+
+SCHEDULES = {
+    "spread": hk.Schedule(statistics=2, refresh=4, spread=3),
+    "lag": hk.Schedule(statistics=1, refresh=4, lag=2),
+    "spread and lag": hk.Schedule(statistics=1, refresh=4, spread=3, lag=2),
+    "similarity": hk.Schedule(statistics=1, refresh=1, adapt=hk.Similarity(threshold=0.4)),
+    "trace": hk.Schedule(statistics=1, refresh=1, adapt=hk.TraceChange()),
+    "growing": hk.Schedule(statistics={0: 1, 4: 2}, refresh={0: 1, 2: 3}),
+}
+
+
+@pytest.mark.ranks(1, 2, 3, 4, 6)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_equal_one_process(comm, schedule):
+    whole, _ = train(None, hk.KFAC(damping=0.1), schedule=SCHEDULES[schedule], steps=9)
+    for fraction in (1.0, 0.0):
+        spread, preconditioner = train(
+            comm, hk.KFAC(damping=0.1), fraction=fraction, schedule=SCHEDULES[schedule], steps=9
+        )
+        torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9)
+    again, _ = train(comm, hk.KFAC(damping=0.1), fraction=0.0, schedule=SCHEDULES[schedule], steps=9)
+    assert torch.equal(again, spread), "two runs, bitwise"
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("schedule", ["similarity", "trace"])
+def test_adaptive_schedules_leave_refreshes_out(comm, schedule):
+    def refreshes(chosen):
+        _, preconditioner = train(comm, hk.KFAC(damping=0.1), schedule=chosen, steps=9)
+        return preconditioner.traffic["broadcast"]
+
+    assert refreshes(SCHEDULES[schedule]) < refreshes(hk.Schedule(1, 1))
+
+
+@pytest.mark.ranks(2, 4)
+def test_own_samples_only(comm):
+    """The owner's factors are those of its own shard; there is no factor traffic."""
+    placement = hk.Kaisa(0.0, factors="local")
+    _, preconditioner = train(comm, hk.KFAC(damping=0.1), placement=placement, schedule=hk.Schedule(1, 1), steps=1)
+    _, alone = train(None, hk.KFAC(damping=0.1), schedule=hk.Schedule(1, 1), steps=0)
+    assert preconditioner.traffic["reduce"] == preconditioner.traffic["scatter"] == 0
+    torch.manual_seed(0)
+    x, y, _ = shard(0, comm.rank, comm.size)
+    model = alone._model
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    alone.step()
+    for layer, state in preconditioner.states.items():
+        if preconditioner.assignment.owner[layer] == comm.rank:
+            for name, factor in state.running.items():
+                torch.testing.assert_close(factor, alone.states[layer].running[name])
+        else:
+            assert not state.running and not state.solved
+
+
+BOUNDS = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.int8: 0.3}
+"""Largest relative change of the way from the first to the last weights."""
+
+
+@pytest.mark.ranks(2, 3, 4, 6)
+@pytest.mark.parametrize("payload", BOUNDS, ids=str)
+def test_rounded_payloads(comm, payload):
+    precision = hk.Precision(payload=payload)
+    start, _ = train(None, hk.KFAC(damping=0.1), steps=0)
+    whole, _ = train(comm, hk.KFAC(damping=0.1))
+    spread, preconditioner = train(comm, hk.KFAC(damping=0.1), precision=precision)
+    assert 0 < (spread - whole).norm() < BOUNDS[payload] * (whole - start).norm()
+    assert all(torch.equal(spread, other) for other in comm.allgather(spread))
+    _, full = train(comm, hk.KFAC(damping=0.1), precision=hk.Precision())
+    sent = preconditioner.traffic["reduce"] + preconditioner.traffic["scaled"]
+    assert sent < full.traffic["reduce"]
+
+
+@pytest.mark.ranks(2, 4)
+def test_bfloat16_reaches_owners(comm):
+    start, _ = train(None, hk.KFAC(damping=0.1), steps=0)
+    whole, _ = train(comm, hk.KFAC(damping=0.1))
+    placement = hk.Kaisa(0.0, factors="owner")
+    spread, _ = train(comm, hk.KFAC(damping=0.1), placement=placement, precision=hk.Precision(payload=torch.bfloat16))
+    assert 0 < (spread - whole).norm() < BOUNDS[torch.bfloat16] * (whole - start).norm()
+
+
+# What travels and what stays
+
+
+def declared_traffic(preconditioner, rank, steps):
+    declared = {}
+    for step in range(steps):
+        for operation in preconditioner.plan(step):
+            if rank in operation.ranks and operation.kind != "control" and operation.bytes:
+                declared[operation.kind] = declared.get(operation.kind, 0) + operation.bytes
+    return declared
+
+
+OURS = ("reduce", "scaled", "scatter", "gather", "broadcast", "share")
+
+
+@pytest.mark.ranks(1, 2, 3, 4, 6)
+@pytest.mark.parametrize("name", METHODS)
+def test_traffic_and_memory_are_what_is_declared(comm, name):
+    choices = [
+        *itertools.product(PLACEMENTS.values(), [DOUBLE], [hk.Schedule(1, 2)]),
+        (hk.Kaisa(), hk.Precision(payload=torch.int8), hk.Schedule(1, 2)),
+        (hk.Kaisa(0.0), hk.Precision(payload=torch.bfloat16), hk.Schedule(1, 2, spread=2)),
+        (hk.Kaisa(0.0, factors="owner"), hk.Precision(payload=torch.bfloat16), hk.Schedule(1, 2, lag=1)),
+    ]
+    for placement, precision, schedule in choices:
+        _, preconditioner = train(comm, METHODS[name](), placement=placement, precision=precision, schedule=schedule)
+        counted = {kind: n for kind, n in preconditioner.traffic.items() if kind in OURS and n}
+        assert counted == declared_traffic(preconditioner, comm.rank, STEPS), (placement, precision)
+        told = preconditioner.memory()
+        for layer, state in preconditioner.states.items():
+            for role in ("running", "solved"):
+                held = sum(t.numel() * t.element_size() for t in getattr(state, role).values())
+                assert held == told[layer][role], (placement, layer, role)
+
+
+def triangle(d):
+    return d * (d + 1) // 2
+
+
+@pytest.mark.ranks(1, 2, 3, 4, 6)
+def test_traffic_is_that_of_the_formulas(comm):
+    """Shapes of the small net: (p, a, o, bias column included) of its four layers; norms have a 2 x 2 A alone."""
+    sides = {"conv": (1, 19, 4), "grouped": (2, 18, 2), "norm": (4, 2, 0), "head": (1, 17, 5)}
+    factors = sum(p * (triangle(a) + triangle(o)) for p, a, o in sides.values())
+    bases = sum(p * (a * a + a + o * o + o) for p, a, o in sides.values())
+    inverses = factors
+    gradients = sum(p * a * max(o, 1) for p, a, o in sides.values())
+    p = comm.size
+    for solver, solved, flags in (("eigen", bases, 7), ("cholesky", inverses, 7)):
+        method = hk.KFAC(damping=0.1, solver=solver)
+        for placement in (hk.Kaisa(1.0), hk.Kaisa(0.0), hk.Kaisa(0.0, factors="owner"), hk.Kaisa(0.0, factors="local")):
+            _, preconditioner = train(comm, method, placement=placement, schedule=hk.Schedule(1, 1), steps=1)
+            found = {kind: preconditioner.traffic[kind] for kind in OURS}
+            expected = dict.fromkeys(OURS, 0)
+            if p > 1:
+                if placement.factors != "local":
+                    kind = "reduce" if placement.factors == "all" else "scatter"
+                    expected[kind] = 8 * (factors + len(sides))  # and a weight a layer
+                if placement.grad_worker_fraction == 1.0:
+                    expected["broadcast"] = 8 * solved + 4 * flags
+                else:
+                    expected["share"] = 8 * gradients
+            assert found == expected, (solver, placement)
+
+
+@pytest.mark.ranks(2, 3, 4, 6)
+def test_owner_updates_cost_no_more_than_an_allreduce(comm):
+    placement = hk.Kaisa(0.0, factors="owner")
+    schedule = hk.Schedule(statistics=100, refresh=100)
+    _, preconditioner = train(comm, hk.KFAC(damping=0.1), placement=placement, schedule=schedule, owners_update=True)
+    parameters = sum(p.numel() for p in preconditioner._model.parameters())
+    assert preconditioner.traffic["gradients"] == preconditioner.traffic["weights"] == STEPS * 8 * parameters
+    assert preconditioner.traffic["share"] == 0
+
+
+@pytest.mark.ranks(1, 2, 3, 4, 6)
+def test_memory_of_owners_does_not_grow_with_the_ranks(comm):
+    placement = hk.Kaisa(0.0, factors="owner")
+    _, preconditioner = train(comm, hk.KFAC(damping=0.1), placement=placement, owners_update=True, steps=2)
+    held = sum(sum(roles.values()) for roles in preconditioner.memory().values())
+    _, alone = train(None, hk.KFAC(damping=0.1), steps=2)
+    whole = {name: sum(roles.values()) for name, roles in alone.memory().items()}
+    assert comm.allreduce(held) == sum(whole.values())
+    assert comm.allreduce(held, op=max_of()) <= sum(whole.values()) / comm.size + max(whole.values())
+    optimizer_state = sum(
+        state["momentum_buffer"].numel() for state in preconditioner._optimizer.state.values() if state
+    )
+    parameters = sum(p.numel() for p in preconditioner._model.parameters())
+    assert comm.allreduce(optimizer_state) == parameters
+
+
+def max_of():
+    from mpi4py import MPI
+
+    return MPI.MAX
