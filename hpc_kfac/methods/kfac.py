@@ -83,7 +83,7 @@ class KFAC(Kronecker):
                     structure.inverse_shape(shape.blocks, d),
                     "solved",
                     symmetric=structure.symmetric,
-                    operand=True,
+                    operand=self.is_large(shape),
                     part=name,
                 )
                 for name, structure, d in self.sides(shape)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 StructureName = Literal["dense", "block", "diagonal", "identity"]
 
+# Flops of a layer's two products from which a 16-bit application dtype pays (measured: even at 6e6, half at 2e7).
+LARGE_PRODUCT = 1e7
+
 # Flops in units of n^3: a symmetric eigendecomposition with vectors, a Cholesky inverse, Q f(L) Q^T.
 EIGH, INVERSE, COMPOSE = 9.0, 1.0, 2.0
 
@@ -92,7 +95,14 @@ class Kronecker(Method):
     def basis_specs(self, shape: LayerShape, lives: Literal["all", "workers"]) -> list[StateSpec]:
         bases = [(name, structure.basis_shape(shape.blocks, d)) for name, structure, d in self.sides(shape)]
         return [
-            StateSpec(f"{name}_basis", basis, "solved", lives=lives, operand=True, part=self.part_of(name))
+            StateSpec(
+                f"{name}_basis",
+                basis,
+                "solved",
+                lives=lives,
+                operand=self.is_large(shape),
+                part=self.part_of(name),
+            )
             for name, basis in bases
             if basis is not None
         ]
@@ -168,6 +178,10 @@ class Kronecker(Method):
         """Q_G^T matrix Q_A, in the dtype of the matrix."""
         a_basis, g_basis = self.bases(state, shape)
         return self.two_sided(matrix, _transposed(g_basis), a_basis, shape, Workspace()).to(matrix.dtype)
+
+    def is_large(self, shape: LayerShape) -> bool:
+        """Whether a 16-bit application dtype pays; small products take less time than the conversions."""
+        return self.product_flops(shape, rotations_only=False) >= LARGE_PRODUCT
 
     def statistics_flops(self, shape: LayerShape) -> float:
         return 2.0 * shape.blocks * sum(structure.product_size(d) for _, structure, d in self.sides(shape))

@@ -30,7 +30,8 @@ class StateSpec:
         lives: which ranks hold it.
         symmetric: the last two axes are symmetric and may be sent as a packed triangle.
         rebased: a running tensor that refresh rewrites; it is broadcast with the solved ones.
-        operand: multiplied with gradients in the application dtype; the others keep the solve dtype.
+        operand: multiplied with gradients in the application dtype; the others keep the solve dtype, as do the operands
+            of products that are too small to gain from another one.
         rank_axes: axes that are longer by the number of ranks once rows have been gathered.
         part: solved only: which of `Method.parts` makes it.
     """

@@ -237,11 +237,21 @@ def test_low_precision_application_is_close_and_keeps_dtype() -> None:
         exact = method.precondition(batch.gradient(), state, SHAPE, 0.5)
         low = dict(state)
         for spec in method.state(SHAPE):
-            low[spec.name] = state[spec.name].to(torch.bfloat16 if spec.operand else torch.float32)
+            operand = spec.name.endswith(("basis", "inverse", "root"))
+            low[spec.name] = state[spec.name].to(torch.bfloat16 if operand else torch.float32)
         update = method.precondition(batch.gradient().float(), low, SHAPE, 0.5)
         assert update.dtype == torch.float32
         cosine = torch.nn.functional.cosine_similarity(update.flatten().double(), exact.flatten(), dim=0)
         assert 0.999 < float(cosine) <= 1.0 + 1e-9
+
+
+@pytest.mark.parametrize("settings_", [{}, {"solver": "cholesky"}, {"power": 0.5}])
+def test_only_large_layers_are_applied_in_low_precision(settings_: dict) -> None:
+    method = KFAC(**settings_)
+    for shape, large in ((NORM, False), (LayerShape(1, 288, 32), False), (LayerShape(1, 576, 64), True)):
+        operands = {spec.name for spec in method.state(shape) if spec.operand}
+        ends = ("basis", "inverse", "root")
+        assert operands == {spec.name for spec in method.state(shape) if large and spec.name.endswith(ends)}
 
 
 def test_cost_follows_the_formulas() -> None:
