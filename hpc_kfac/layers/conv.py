@@ -129,14 +129,16 @@ class ConvBatch(PositionBatch):
         padding = tuple(_padding(self.module))
         if self.module.padding_mode != "zeros":
             padding = ((0, 0),) * len(padding)
-        x = part.x.to(self.dtype) if self.module.padding_mode == "zeros" else self._padded(part.x)
+        x = part.x if self.module.padding_mode == "zeros" else self._padded(part.x)
+        x = x.to(self.row_dtype)
         geometry = self.kernel, padding, self.stride, self.dilation
         shape = (x.shape[0], x.shape[1] // p, *x.shape[2:])
-        exact = self.dtype in (torch.float32, torch.float64)
-        if exact and patch_free_is_cheaper(shape, *geometry):
-            return torch.stack([patch_free_moment(group, *geometry) for group in x.chunk(p, dim=1)])
+        # The range of float16 is too small for a spectrum.
+        if x.dtype != torch.float16 and patch_free_is_cheaper(shape, *geometry):
+            return torch.stack([patch_free_moment(group, *geometry) for group in x.chunk(p, dim=1)]).to(self.dtype)
         total: Tensor | float = 0.0
-        for which in self._input_chunks(part):
+        # Four times smaller chunks than elsewhere stay in the cache.
+        for which in self._chunks(part.samples, 4 * p * part.positions * self.shape.inputs):
             total = total + self.gram(self._pixel_rows(self._padded(part.x[which]).to(self.row_dtype)), Dense())
         split = torch.as_tensor(total).unflatten(2, (-1, shape[1])).unflatten(1, (-1, shape[1]))
         return split.permute(0, 2, 1, 4, 3).reshape(p, self.shape.inputs - self.shape.bias, -1)

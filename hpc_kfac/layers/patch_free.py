@@ -208,12 +208,15 @@ def plan(space: Sizes, kernel: Sizes, dilation: Sizes, padding: Sides) -> Plan:
 
 
 @lru_cache(maxsize=256)
-def _tables(one: Plan, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Weights of the spectrum and of the borders, offsets and places of the pairs, where they are used."""
+def _tables(
+    one: Plan, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Fourier matrices, weights of the spectrum and of the borders, offsets and places of the pairs, where needed."""
+    transforms = [matrix.to(device, dtype) for matrix in one.transforms]
+    dtype = torch.promote_types(dtype, torch.float32)
     spectral = [table.to(device, dtype) for table in one.spectral]
-    spectral += [matrix.to(device, dtype) for matrix in one.transforms]
     borders = [border.weights.to(device, dtype) for border in one.borders]
-    return spectral, borders, one.pair_offsets.to(device), one.places.to(device)
+    return transforms, spectral, borders, one.pair_offsets.to(device), one.places.to(device)
 
 
 def patch_free_moment(
@@ -222,14 +225,15 @@ def patch_free_moment(
     """Sum over samples and output positions of patch patch^T, for one group and zero padding.
 
     Args:
-        x: input [N, C, *space], float32 or float64.
+        x: input [N, C, *space], float32 or float64; bfloat16 is transformed and multiplied as it is, with sums of every
+            ``SAMPLES`` samples rounded to bfloat16 once.
         kernel: kernel size for each dimension.
         padding: zeros before and after each dimension.
         stride: for each dimension.
         dilation: for each dimension.
 
     Returns:
-        [C * k, C * k] in torch's order [C, *kernel].
+        [C * k, C * k] in torch's order [C, *kernel], in at least float32.
     """
     if set(stride) != {1}:
         x, kernel, index = _phases(x, kernel, padding, stride, dilation)
@@ -239,8 +243,8 @@ def patch_free_moment(
         return moment[index[:, None], index]
     one_plan = plan(tuple(x.shape[2:]), tuple(kernel), tuple(dilation), padding)
     channels, positions = x.shape[1], math.prod(kernel)
-    spectral, borders, pair_offsets, places = _tables(one_plan, x.dtype, x.device)
-    even, odd = _spectrum_moments(x, one_plan, spectral[2:])
+    transforms, spectral, borders, pair_offsets, places = _tables(one_plan, x.dtype, x.device)
+    even, odd = _spectrum_moments(x, one_plan, transforms)
     # One row of C x C for each offset, then for each pair of kernel positions.
     rows = torch.mm(spectral[0], even.flatten(1)).addmm_(spectral[1], (odd - odd.mT).flatten(1))[pair_offsets]
     for border, weights in zip(one_plan.borders, borders, strict=True):
@@ -253,9 +257,10 @@ def patch_free_moment(
 def _spectrum_moments(x: Tensor, one: Plan, transforms: list[Tensor]) -> tuple[Tensor, Tensor]:
     """For each frequency sum over samples of re re^T + im im^T and of im re^T, [frequencies, C, C] each."""
     channels, frequencies = x.shape[1], one.frequencies
-    even = x.new_zeros(frequencies, channels, channels)
+    half = x.dtype == torch.bfloat16
+    even = x.new_zeros(frequencies, channels, channels, dtype=torch.promote_types(x.dtype, torch.float32))
     odd = torch.zeros_like(even)
-    for piece in x.split(max(SAMPLES, CHUNK // (2 * frequencies * channels))):
+    for piece in x.split(SAMPLES if half else max(SAMPLES, CHUNK // (2 * frequencies * channels))):
         samples = len(piece)
         # Pixels first: every product takes one axis and leaves [frequencies so far, 2, the axes behind it, rows].
         rows = piece.reshape(samples * channels, -1).T.contiguous()
@@ -264,8 +269,12 @@ def _spectrum_moments(x: Tensor, one: Plan, transforms: list[Tensor]) -> tuple[T
             before = math.prod(one.circle[1:axis]) * (one.circle[0] // 2 + 1)
             rows = torch.matmul(transforms[axis], rows.view(before, 2 * one.space[axis], -1))
         rows = rows.view(frequencies, 2 * samples, channels)
-        even.baddbmm_(rows.mT, rows)
-        odd.baddbmm_(rows[:, samples:].mT, rows[:, :samples])
+        if half:
+            even += torch.bmm(rows.mT, rows)
+            odd += torch.bmm(rows[:, samples:].mT, rows[:, :samples])
+        else:
+            even.baddbmm_(rows.mT, rows)
+            odd.baddbmm_(rows[:, samples:].mT, rows[:, :samples])
     return even, odd
 
 
@@ -280,7 +289,11 @@ def _border_products(x: Tensor, border: Border) -> Tensor:
             for axis, line in reversed(list(zip(border.fixed, lines, strict=True))):
                 end = end.select(1 + axis, line.ends[side])
             ends[side].append(end)
-    left, right = torch.stack(ends[0]), torch.stack(ends[1])
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    left = torch.stack(ends[0]).to(dtype)
+    # A line is most often multiplied with itself.
+    same = all(line.offset == 0 for lines in border.lines for line in lines)
+    right = left if same else torch.stack(ends[1]).to(dtype)
     count, channels, space = left.shape[0], left.shape[-1], left.shape[2:-1]
     if space:
         room = [max(abs(offset[axis]) for offset in border.offsets) for axis in range(len(space))]
