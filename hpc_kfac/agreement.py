@@ -70,6 +70,7 @@ class Agreement:
         self._index = {name: i for i, name in enumerate(layers)}
         self._products = torch.zeros(len(layers), 3, dtype=dtype, device=device)
         self._squares = torch.zeros(max(len(self._others), 1), dtype=dtype, device=device)
+        self._scale = torch.ones((), dtype=dtype, device=device)
         self._vectors: dict[int, Tensor] = {}
         self._measured: set[str] = set()
 
@@ -83,10 +84,10 @@ class Agreement:
     def measure(self, name: str, update: Tensor, gradient: Tensor, log: bool) -> None:
         """Notes <U, D> of a layer that this rank preconditions; with `log` also <U, U> and <D, D>."""
         row = self._products[self._index[name]]
-        _dot(update, gradient, row[0])
+        _dot(update, gradient, row[:1])
         if log:
-            _dot(update, update, row[1])
-            _dot(gradient, gradient, row[2])
+            _dot(update, update, row[1:2])
+            _dot(gradient, gradient, row[2:3])
         self._measured.add(name)
 
     def reduce(
@@ -115,8 +116,10 @@ class Agreement:
             values += [x for name in self._layers for x in (products[name] if name in owned else [0.0] * 3)]
         totals = self._sum(values)
         scale = 1.0 if clip is None else clip.scale(totals[0])
-        if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in self._captured if p.grad is not None], scale)
+        gradients = [p.grad for p in self._captured if p.grad is not None]
+        if scale != 1.0 and gradients:
+            self._scale.fill_(scale)  # a number would be made a tensor for every gradient
+            torch._foreach_mul_(gradients, self._scale)
         first_change = FIXED + len(inputs.scalars)
         first_log = first_change + len(changes)
         found = zip(changes, totals[first_change:first_log], strict=True)
@@ -146,7 +149,7 @@ class Agreement:
             if parameter.grad is None:
                 self._squares[i].zero_()
             else:
-                _dot(parameter.grad, parameter.grad, self._squares[i])
+                _dot(parameter.grad, parameter.grad, self._squares[i : i + 1])
         return all(math.isfinite(value) for value in self._squares.tolist())
 
     def _reports(self, values: list[float], damping: float) -> dict[str, LayerReport]:
@@ -160,8 +163,8 @@ class Agreement:
 
 
 def _dot(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """The sum of elementwise products, without a temporary where the tensors are plain."""
+    """The sum of elementwise products in `out` [1]; allocates nothing where the tensors are plain. torch.dot does."""
     if left.dtype == right.dtype == out.dtype and left.is_contiguous() and right.is_contiguous():
-        torch.dot(left.view(-1), right.view(-1), out=out)
+        torch.mv(left.view(1, -1), right.view(-1), out=out)
     else:
         out.copy_((left * right).sum())

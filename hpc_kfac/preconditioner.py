@@ -102,7 +102,13 @@ class Preconditioner:
         self.failures = 0
         self.skipped = 0
         self.timings: dict[str, float] = defaultdict(float)
-        self.capture = Capture(model, skip=skip, weight_sharing=weight_sharing, dtype=self.precision.factors)
+        self.capture = Capture(
+            model,
+            skip=skip,
+            weight_sharing=weight_sharing,
+            dtype=self.precision.factors,
+            rows=self.precision.moments,
+        )
         if not self.capture.layers:
             raise ValueError(f"the model has no layer that can be captured. {self.capture.summary()}")
         self.states = {name: LayerState() for name in self.capture.layers}

@@ -73,6 +73,7 @@ class Reading:
         mask: True at the positions that count; applied where its shape equals a layer's leading dimensions.
         reduce: weight sharing as ``reduce`` instead of ``expand`` (Eschenhagen et al. 2023).
         dtype: the dtype of the statistics.
+        rows: the dtype of the rows that are multiplied into moments; None for the same.
     """
 
     scale: float = 1.0
@@ -80,6 +81,7 @@ class Reading:
     mask: Tensor | None = None
     reduce: bool = False
     dtype: torch.dtype = torch.float32
+    rows: torch.dtype | None = None
 
 
 class LayerBatch(Protocol):

@@ -26,6 +26,7 @@ class Capture:
         weight_sharing: what the positions of a sample are to a weight: ``expand`` takes each as a sample of its own,
             ``reduce`` averages inputs and sums gradients over them first (Eschenhagen et al. 2023).
         dtype: the dtype in which statistics are computed.
+        rows: the dtype of the rows that are multiplied into moments; None for the same.
 
     Attributes:
         layers: captured layers by module name, in module order.
@@ -51,11 +52,12 @@ class Capture:
         skip: Sequence[str] = (),
         weight_sharing: Literal["expand", "reduce"] = "expand",
         dtype: torch.dtype = torch.float32,
+        rows: torch.dtype | None = None,
     ) -> None:
         if weight_sharing not in ("expand", "reduce"):
             raise ValueError(f"weight_sharing is {weight_sharing!r}; use 'expand' or 'reduce'")
         self.layers, self.left_out = select(model, skip)
-        self.weight_sharing, self.dtype = weight_sharing, dtype
+        self.weight_sharing, self.dtype, self.rows = weight_sharing, dtype, rows
         self.armed = False
         self.only: frozenset[str] | None = None
         self.keep_output_gradients = True
@@ -107,7 +109,7 @@ class Capture:
         if not uses:
             return None
         self._pending = [use for use in self._pending if use.layer != layer]
-        return self._batch(uses, count, Reading(scale, False, mask, self.weight_sharing == "reduce", self.dtype))
+        return self._batch(uses, count, self._reading(scale, False, mask))
 
     def take_gradients(
         self,
@@ -120,7 +122,7 @@ class Capture:
 
         With ``draws`` each gradient has a leading axis of draws; None leaves a use out.
         """
-        reading = Reading(1.0, draws, mask, self.weight_sharing == "reduce", self.dtype)
+        reading = self._reading(1.0, draws, mask)
         by_layer: dict[str, list[Use]] = {name: [] for name in self.layers}
         for use in self._pending:
             use.gradient = gradients.get(use)
@@ -148,6 +150,9 @@ class Capture:
             handle.remove()
         self._handles = []
         self.clear()
+
+    def _reading(self, scale: float, draws: bool, mask: Tensor | None) -> Reading:
+        return Reading(scale, draws, mask, self.weight_sharing == "reduce", self.dtype, self.rows)
 
     @torch.no_grad()
     def _batch(self, uses: list[Use], count: float, reading: Reading) -> LayerBatch:

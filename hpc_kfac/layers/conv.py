@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hpc_kfac.layers.batch import LayerShape, Reading, Use
 from hpc_kfac.layers.layer import CapturedLayer
-from hpc_kfac.layers.patch_free import patch_free_is_cheaper, patch_free_moment
+from hpc_kfac.layers.patch_free import patch_free_moment
+from hpc_kfac.layers.patch_free_plan import patch_free_is_cheaper
 from hpc_kfac.layers.positions import Part, PositionBatch
 from hpc_kfac.linalg.structure import Dense, Diagonal, SpatiallyUncorrelated, Structure
 

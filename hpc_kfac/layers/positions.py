@@ -49,7 +49,7 @@ class PositionBatch(ABC):
     def __init__(self, shape: LayerShape, uses: Sequence[Use], count: float, reading: Reading) -> None:
         self.shape, self.count = shape, count
         self.scale, self.draws, self.reduce, self.dtype = reading.scale, reading.draws, reading.reduce, reading.dtype
-        self.row_dtype: torch.dtype = getattr(reading, "rows", None) or reading.dtype
+        self.row_dtype: torch.dtype = reading.rows or reading.dtype
         # Uses of one micro-batch with equally many samples share them; their positions are added up.
         groups: dict[tuple[int, int], list[Part]] = {}
         for use in uses:

@@ -1,0 +1,166 @@
+"""What second order adds to a step: ResNet-20 on Fashion-MNIST, 128 samples a rank, against SGD through Horovod.
+
+All contenders train copies of one model in one job, in turns of ten steps, so that whatever else the machine does meets
+all alike. Ratios are of seconds over equal numbers of steps; a step is over when the slowest rank is.
+
+    mpirun -n 2 python -m mpi4py benchmarks/step_cost.py --out logs/step_cost.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")  # as the trainer has it: bitwise repeatable
+
+import horovod.torch as hvd
+import torch
+from mpi4py import MPI
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import hpc_kfac as hk
+from hpc_kfac.training.tasks import fashion
+
+BATCH, TURN = 128, 10
+
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "SGD": {},
+    "K-FAC, empirical, 10 / 100": {"schedule": hk.Schedule(10, 100)},
+    "K-FAC, empirical, 1 / 10": {"schedule": hk.Schedule(1, 10)},
+    "K-FAC, sampled, 10 / 100": {"schedule": hk.Schedule(10, 100), "fisher": "sampled"},
+    "K-FAC, sampled, 1 / 10": {"schedule": hk.Schedule(1, 10), "fisher": "sampled"},
+    "K-FAC, empirical, 10 / 100, spread 10": {"schedule": hk.Schedule(10, 100, spread=10)},
+    "K-FAC, empirical, 10 / 100, lag 5": {"schedule": hk.Schedule(10, 100, lag=5)},
+}
+LIMITS = {
+    "K-FAC, empirical, 10 / 100": 1.08,
+    "K-FAC, empirical, 1 / 10": 1.6,
+    "K-FAC, sampled, 10 / 100": 1.15,
+    "K-FAC, sampled, 1 / 10": 2.3,
+}
+"""Wanted: mean step over that of SGD."""
+
+
+@dataclass
+class Contender:
+    """A model in training.
+
+    Attributes:
+        name: of the contender.
+        step: trains on a batch.
+        preconditioner: None for SGD.
+        seconds: of every measured step.
+    """
+
+    name: str
+    step: Callable[[Tensor, Tensor], None]
+    preconditioner: hk.Preconditioner | None
+    seconds: list[float] = field(default_factory=list)
+
+
+def make(name: str, settings: dict[str, Any], model: nn.Module, moments: torch.dtype | None) -> Contender:
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    optimizer: Any = hvd.DistributedOptimizer(sgd, [(f"{name}.{n}", p) for n, p in model.named_parameters()])
+    preconditioner = None
+    if settings:
+        preconditioner = hk.Preconditioner(
+            model,
+            optimizer,
+            method=hk.KFAC(damping=0.03, solver="cholesky"),
+            precision=hk.Precision(moments=moments),
+            comm=MPI.COMM_WORLD,
+            **settings,
+        )
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        outputs = model(x)
+        if preconditioner is not None:
+            preconditioner.observe(outputs)
+        cross_entropy(outputs, y).backward()
+        optimizer.synchronize()
+        if preconditioner is not None:
+            preconditioner.step()
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+    return Contender(name, step, preconditioner)
+
+
+def timed(contender: Contender, batch: tuple[Tensor, Tensor]) -> float:
+    """Seconds until the slowest rank has finished the step."""
+    MPI.COMM_WORLD.Barrier()
+    start = time.perf_counter()
+    contender.step(*batch)
+    MPI.COMM_WORLD.Barrier()
+    return time.perf_counter() - start
+
+
+def measure(arguments: argparse.Namespace) -> list[Contender]:
+    comm = MPI.COMM_WORLD
+    task = fashion(model="resnet20", seed=0)
+    moments = torch.bfloat16 if arguments.moments == "bf16" else None
+    chosen = {n: s for n, s in CONTENDERS.items() if n == "SGD" or not arguments.only or n in arguments.only}
+    contenders = [make(n, s, copy.deepcopy(task.model).train(), moments) for n, s in chosen.items()]
+    generator = torch.Generator().manual_seed(comm.rank)
+    batches = [task.train.fetch(torch.randint(60000, (BATCH,), generator=generator)) for _ in range(8)]
+    for contender in contenders:  # the first step, which measures kernels and fills buffers
+        for batch in batches[:2]:
+            contender.step(*batch)
+        if contender.preconditioner is not None:
+            contender.preconditioner.steps = 0  # so that turns and intervals fit
+            contender.preconditioner.load_state_dict(contender.preconditioner.state_dict())
+    for turn in range(arguments.steps // TURN):
+        for contender in contenders:
+            contender.seconds += [timed(contender, batches[(turn + i) % 8]) for i in range(TURN)]
+        if comm.rank == 0:
+            print(f"turn {turn + 1} of {arguments.steps // TURN}", end="\r", flush=True)
+    return contenders
+
+
+def table(contenders: list[Contender]) -> tuple[str, list[dict[str, Any]]]:
+    base = contenders[0].seconds
+    rows = []
+    lines = ["| contender | ms a step | over SGD | wanted | largest step over mean |", "|---|---|---|---|---|"]
+    for c in contenders:
+        ratio = sum(c.seconds) / sum(base)
+        turns = [sum(c.seconds[i : i + TURN]) / sum(base[i : i + TURN]) for i in range(0, len(base), TURN)]
+        largest = max(c.seconds[1:]) / statistics.fmean(c.seconds)  # the first refresh takes all layers at once
+        figures = {"ratio": ratio, "ratio_of_turns": turns, "largest_over_mean": largest}
+        rows.append({"name": c.name, **figures, "seconds": c.seconds})
+        limit = f"{LIMITS[c.name]:.2f}" if c.name in LIMITS else ""
+        ms = 1e3 * statistics.fmean(c.seconds)
+        lines.append(f"| {c.name} | {ms:.1f} | {ratio:.3f} | {limit} | {largest:.2f} |")
+    return "\n".join(lines), rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=100, help="measured steps of every contender, a multiple of 100")
+    parser.add_argument("--moments", choices=["fp32", "bf16"], default="bf16", help="rows multiplied into factors")
+    parser.add_argument("--only", nargs="*", help="contenders beside SGD")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    hvd.init(comm=MPI.COMM_WORLD)
+    contenders = measure(arguments)
+    if MPI.COMM_WORLD.rank == 0:
+        text, rows = table(contenders)
+        print(f"{MPI.COMM_WORLD.size} rank(s), batch {BATCH} a rank, moments {arguments.moments}\n\n{text}")
+        if arguments.out:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps({"ranks": MPI.COMM_WORLD.size, "rows": rows}, indent=1))
+    hvd.shutdown()
+
+
+if __name__ == "__main__":
+    main()
