@@ -26,6 +26,7 @@ from hpc_kfac.distributed import (
 from hpc_kfac.execution import Executor
 from hpc_kfac.fisher import CrossEntropy, OutputDistribution
 from hpc_kfac.layers import Capture
+from hpc_kfac.machine import measure_costs, measure_rates
 from hpc_kfac.methods import KFAC
 from hpc_kfac.methods.method import Method
 from hpc_kfac.schedule import RefreshTimes, Schedule
@@ -167,6 +168,11 @@ class Preconditioner:
                 costs[unit] = UnitCost(
                     flops, sum(math.prod(s.shape) * self.precision.stored(s).itemsize for s in specs)
                 )
+        if placement.costs == "measured" or placement.all_local == "measured":
+            measured, rate = measure_costs(costs, self.method, shapes, self.precision, self._comm, self._device)
+            costs = measured if placement.costs == "measured" else costs
+            if placement.all_local == "measured":
+                placement = replace(placement, all_local=measure_rates(rate, self._comm, self._device))
         problem = Problem(shapes, self.method, placement.assign(costs, self._comm.size), self.precision)
         problem.check()
         return problem

@@ -121,8 +121,9 @@ class Kaisa:
         factors: "all" averages running factors over all ranks; "owner" reduces them to the layer's owner alone, so
             that they exist once; "local" takes the owner's samples only, without factor traffic (Zhang et al. 2022).
         helpers: so many of the ranks decompose and do nothing else (Ba et al. 2017).
-        all_local: rates of the machine; what it decomposes faster than it broadcasts is then decomposed by every grad
-            worker (Shi et al. 2021).
+        all_local: rates of the machine, or "measured"; what it decomposes faster than it broadcasts is then decomposed
+            by every grad worker (Shi et al. 2021).
+        costs: "declared" balances by the method's formulas, "measured" by a trial of every size before training.
 
     Raises:
         ValueError: a value out of its range, or settings that exclude each other.
@@ -132,13 +133,18 @@ class Kaisa:
     colocate: bool = True
     factors: Literal["all", "owner", "local"] = "all"
     helpers: int = 0
-    all_local: Rates | None = None
+    all_local: Rates | Literal["measured"] | None = None
+    costs: Literal["declared", "measured"] = "declared"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.grad_worker_fraction <= 1.0:
             raise ValueError(f"grad_worker_fraction is {self.grad_worker_fraction}; give a number from 0 to 1")
         if self.factors not in ("all", "owner", "local"):
             raise ValueError(f"factors is {self.factors!r}; give one of 'all', 'owner', 'local'")
+        if self.costs not in ("declared", "measured"):
+            raise ValueError(f"costs is {self.costs!r}; give 'declared' or 'measured'")
+        if isinstance(self.all_local, str) and self.all_local != "measured":
+            raise ValueError(f"all_local is {self.all_local!r}; give rates, or 'measured'")
         if self.helpers < 0:
             raise ValueError(f"helpers is {self.helpers}; give a number of ranks, 0 or more")
         if self.factors != "all" and not self.colocate:
@@ -242,7 +248,10 @@ class Kaisa:
         return owner, solvers
 
     def _everywhere(self, cost: UnitCost, workers: int) -> bool:
-        return self.all_local is not None and workers > 1 and self.all_local.computes_faster(cost)
+        if self.all_local is None or workers == 1:
+            return False
+        assert isinstance(self.all_local, Rates), "measured rates are filled in before"
+        return self.all_local.computes_faster(cost)
 
     def _workers(self, ranks: int) -> int:
         wanted = max(1.0, self.grad_worker_fraction * ranks)

@@ -243,6 +243,7 @@ class Loop:
             "lr": self.optimizer.param_groups[0]["lr"],
             **self.interval.row(self.seconds),
             **self.strength.row(report),
+            "staleness": report.staleness,
             "phases": phases_over_ranks(seconds, self.setup.ranks),
         }
         self.folder.write(row)

@@ -1,0 +1,98 @@
+"""What this machine does: seconds of decompositions and of broadcasts, measured before training starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hpc_kfac.distributed import Communicator, Rates, Unit, UnitCost
+from hpc_kfac.layers import LayerShape
+from hpc_kfac.methods.method import Method, State
+from hpc_kfac.step_plan import Precision
+
+MESSAGE = 4 * 2**20  # bytes of a broadcast that is long enough to tell the bandwidth
+REPEATS = 3
+
+
+def measure_costs(
+    costs: Mapping[Unit, UnitCost],
+    method: Method,
+    shapes: Mapping[str, LayerShape],
+    precision: Precision,
+    comm: Communicator,
+    device: torch.device,
+) -> tuple[dict[Unit, UnitCost], float]:
+    """Replaces declared flops by what the slowest rank needs. Collective; every size is decomposed once or twice.
+
+    Returns:
+        The costs, in flops of one common rate, and that rate: flops a second over all that was measured.
+    """
+    kinds = {unit: (shapes[unit[0]], unit[1]) for unit in costs}
+    distinct = list(dict.fromkeys(kinds.values()))
+    seconds = torch.tensor([_seconds_of_refresh(method, shape, part, precision, device) for shape, part in distinct])
+    everyone, work = comm.allgather(seconds.double(), "measure", "seconds of decompositions")
+    work.wait()
+    slowest = dict(zip(distinct, everyone.max(0).values.tolist(), strict=True))
+    spent = sum(slowest[kind] for kind in kinds.values())
+    rate = sum(cost.refresh for cost in costs.values()) / spent if spent > 0 else 1.0
+    rate = rate or 1.0  # a method with nothing to decompose
+    return {unit: replace(cost, refresh=rate * slowest[kinds[unit]]) for unit, cost in costs.items()}, rate
+
+
+def measure_broadcast(comm: Communicator, device: torch.device) -> tuple[float, float]:
+    """Latency (seconds) and bandwidth (bytes a second) of a broadcast to all ranks, on the slowest one. Collective."""
+    if comm.size == 1:
+        return 0.0, float("inf")
+    times = []
+    for nbytes in (1, MESSAGE):
+        message = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        times.append(_best(lambda m=message: comm.broadcast(m, 0, "measure", "a broadcast").wait()))  # type: ignore[misc]
+    everyone, work = comm.allgather(torch.tensor(times, dtype=torch.float64), "measure", "seconds of broadcasts")
+    work.wait()
+    latency, long = everyone.max(0).values.tolist()
+    return latency, MESSAGE / max(long - latency, 1e-9)
+
+
+def measure_rates(flops: float, comm: Communicator, device: torch.device) -> Rates:
+    """The rates for an all-local threshold. Collective."""
+    latency, bandwidth = measure_broadcast(comm, device)
+    return Rates(flops, latency, min(bandwidth, 1e15))
+
+
+def _seconds_of_refresh(
+    method: Method, shape: LayerShape, part: str, precision: Precision, device: torch.device
+) -> float:
+    state = _made_up(method, shape, precision, device)
+    if not any(spec.role == "solved" for spec in method.state(shape)):
+        return 0.0
+    return _best(lambda: method.refresh(state, shape, 1.0, part))
+
+
+def _made_up(method: Method, shape: LayerShape, precision: Precision, device: torch.device) -> State:
+    """Running tensors of the right shapes: positive definite where they are symmetric."""
+    generator = torch.Generator().manual_seed(0)
+    state: dict[str, Tensor] = {}
+    for spec in method.state(shape):
+        if spec.role == "running":
+            tensor = torch.rand(spec.shape, generator=generator, dtype=precision.solve)
+            if spec.symmetric:
+                tensor = tensor @ tensor.mT / spec.shape[-1]
+            state[spec.name] = tensor.to(device)
+    return state
+
+
+def _best(what: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        what()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+        if best > 1.0:  # large ones are not repeated
+            break
+    return best
