@@ -1,8 +1,8 @@
 """What one statistics step costs: every A and G of ResNet-20 on Fashion-MNIST against a plain training step.
 
-One process, one thread. Every round takes a plain step (forward, backward, SGD) and then, layer by layer, each way to
-the same statistics, so that whatever else the machine does meets all alike; the table shows the median over rounds of
-processor time. Empirical Fisher, whole batch.
+One process, one thread. Every round takes a plain step (forward, backward, SGD) and then the same statistics in each
+way, layer after layer, so that whatever else the machine does meets all alike; the table shows the median over rounds
+of processor time. Empirical Fisher, whole batch.
 
     python benchmarks/statistics_cost.py
 """
@@ -85,10 +85,10 @@ def main() -> None:
         capture.armed = True
         step()
         capture.armed = False
-        for name, layer in capture.layers.items():
-            batch = capture.take(name, None, None)
-            for way in WAYS:
-                for side, work in measured(batch, layer, way).items():
+        batches = {name: capture.take(name, None, None) for name in capture.layers}
+        for way in WAYS:
+            for name, layer in capture.layers.items():
+                for side, work in measured(batches[name], layer, way).items():
                     times[name, side, way].append(milliseconds(work))
 
     median = {key: middle(values) for key, values in times.items()}

@@ -75,8 +75,8 @@ def patch_free_moment(
     """Sum over samples and output positions of patch patch^T, for one group and zero padding.
 
     Args:
-        x: input [N, C, *space], float32 or float64; bfloat16 is transformed and multiplied as it is, with sums of every
-            ``SAMPLES`` samples rounded to bfloat16 once.
+        x: input [N, C, *space], float32 or float64; bfloat16 is transformed and multiplied as it is, with the sums of
+            every ``SAMPLES`` samples or more rounded to bfloat16 once.
         kernel: kernel size for each dimension.
         padding: zeros before and after each dimension.
         stride: for each dimension.
@@ -115,7 +115,7 @@ def _spectrum_moments(x: Tensor, one: Plan, tables: Tables) -> tuple[Tensor, Ten
     odd = torch.zeros_like(even)
     ring = even.new_zeros(len(tables.ring) + 1, len(x), channels)
     start = 0
-    for piece in x.split(SAMPLES if half else max(SAMPLES, CHUNK // (2 * frequencies * channels))):
+    for piece in x.split(max(SAMPLES, CHUNK // (2 * frequencies * channels))):
         samples = len(piece)
         # Pixels first: every product takes one axis and leaves [frequencies so far, 2, the axes behind it, rows].
         rows = piece.reshape(samples * channels, -1).T.contiguous()
