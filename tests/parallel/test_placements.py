@@ -21,7 +21,7 @@ PLACEMENTS = {
 }
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 6)
+@pytest.mark.ranks(1, 2, 3, 4, 6, timeout=400)
 @pytest.mark.parametrize("name", METHODS)
 def test_equals_one_process(comm, name):
     schedule = hk.Schedule(statistics=1, refresh=2)
@@ -31,7 +31,7 @@ def test_equals_one_process(comm, name):
         torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9, msg=lambda m, p=placement: f"{p}: {m}")
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 6)
+@pytest.mark.ranks(1, 2, 3, 4, 6, timeout=400)
 @pytest.mark.parametrize("name", METHODS)
 def test_owners_update(comm, name):
     whole, _ = train(None, METHODS[name]())
@@ -42,7 +42,7 @@ def test_owners_update(comm, name):
         assert all(torch.equal(spread, other) for other in comm.allgather(spread))
 
 
-@pytest.mark.ranks(2, 3, 4, 6)
+@pytest.mark.ranks(2, 3, 4, 6, timeout=400)
 @pytest.mark.parametrize("name", ["kfac-eigen", "kfac-cholesky"])
 @pytest.mark.parametrize("lag", [0, 1])
 def test_helpers(comm, name, lag):
@@ -64,7 +64,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 6)
+@pytest.mark.ranks(1, 2, 3, 4, 6, timeout=400)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_equal_one_process(comm, schedule):
     whole, _ = train(None, hk.KFAC(damping=0.1), schedule=SCHEDULES[schedule], steps=9)
@@ -111,7 +111,7 @@ BOUNDS = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.int8: 0.3}
 """Largest relative change of the way from the first to the last weights."""
 
 
-@pytest.mark.ranks(2, 3, 4, 6)
+@pytest.mark.ranks(2, 3, 4, 6, timeout=400)
 @pytest.mark.parametrize("payload", BOUNDS, ids=str)
 def test_rounded_payloads(comm, payload):
     precision = hk.Precision(payload=payload)
@@ -149,7 +149,7 @@ def declared_traffic(preconditioner, rank, steps):
 OURS = ("reduce", "scaled", "scatter", "gather", "broadcast", "share")
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 6)
+@pytest.mark.ranks(1, 2, 3, 4, 6, timeout=400)
 @pytest.mark.parametrize("name", METHODS)
 def test_traffic_and_memory_are_what_is_declared(comm, name):
     choices = [
@@ -173,7 +173,7 @@ def triangle(d):
     return d * (d + 1) // 2
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 6)
+@pytest.mark.ranks(1, 2, 3, 4, 6, timeout=400)
 def test_traffic_is_that_of_the_formulas(comm):
     """Shapes of the small net: (p, a, o, bias column included) of its four layers; norms have a 2 x 2 A alone."""
     sides = {"conv": (1, 19, 4), "grouped": (2, 18, 2), "norm": (4, 2, 0), "head": (1, 17, 5)}
@@ -199,7 +199,7 @@ def test_traffic_is_that_of_the_formulas(comm):
             assert found == expected, (solver, placement)
 
 
-@pytest.mark.ranks(2, 3, 4, 6)
+@pytest.mark.ranks(2, 3, 4, 6, timeout=400)
 def test_owner_updates_cost_no_more_than_an_allreduce(comm):
     placement = hk.Kaisa(0.0, factors="owner")
     schedule = hk.Schedule(statistics=100, refresh=100)
@@ -209,7 +209,7 @@ def test_owner_updates_cost_no_more_than_an_allreduce(comm):
     assert preconditioner.traffic["share"] == 0
 
 
-@pytest.mark.ranks(1, 2, 3, 4, 6)
+@pytest.mark.ranks(1, 2, 3, 4, 6, timeout=400)
 def test_memory_of_owners_does_not_grow_with_the_ranks(comm):
     placement = hk.Kaisa(0.0, factors="owner")
     _, preconditioner = train(comm, hk.KFAC(damping=0.1), placement=placement, owners_update=True, steps=2)
