@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hpc_kfac as hk
+from hpc_kfac.training.launch import keep_freed_memory
 from hpc_kfac.training.tasks import fashion
 
 BATCH, TURN = 128, 10
@@ -151,6 +152,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     hvd.init(comm=MPI.COMM_WORLD)
     contenders = measure(arguments)
     if MPI.COMM_WORLD.rank == 0:

@@ -66,7 +66,7 @@ class Capture:
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         captured = sum(parameter.numel() for layer in self.layers.values() for parameter in layer.parameters)
         self.coverage = captured / max(trainable, 1)
-        self._pending: list[Use] = []
+        self._pending: dict[str, list[Use]] = {}  # by layer, in the order of the forward pass
         self.micro_batch = 0
         self._backward_seen = False
         self._first = ""  # the layer that the forward pass came to first
@@ -85,8 +85,9 @@ class Capture:
         return text
 
     def edges(self) -> list[tuple[CapturedLayer, Use]]:
-        """The pending uses whose gradient can be asked for, in the order of the forward pass."""
-        return [(self.layers[use.layer], use) for use in self._pending if use.edge is not None]
+        """The pending uses whose gradient can be asked for, layer by layer in the order of the forward pass."""
+        pairs = ((self.layers[name], use) for name, uses in self._pending.items() for use in uses)
+        return [(layer, use) for layer, use in pairs if use.edge is not None]
 
     def take(
         self, layer: str, count: float | None, scale: float | None, mask: Tensor | None = None
@@ -103,12 +104,14 @@ class Capture:
         Raises:
             RuntimeError: an input was changed in place after the forward pass.
         """
-        count = float(self._leading) if count is None else count
-        scale = count if scale is None else scale
-        uses = [use for use in self._pending if use.layer == layer and use.gradient is not None]
+        if layer not in self._pending:
+            return None
+        uses = [use for use in self._pending[layer] if use.gradient is not None]
         if not uses:
             return None
-        self._pending = [use for use in self._pending if use.layer != layer]
+        del self._pending[layer]
+        count = float(self._leading) if count is None else count
+        scale = count if scale is None else scale
         return self._batch(uses, count, self._reading(scale, False, mask))
 
     def take_gradients(
@@ -124,10 +127,10 @@ class Capture:
         """
         reading = self._reading(1.0, draws, mask)
         by_layer: dict[str, list[Use]] = {name: [] for name in self.layers}
-        for use in self._pending:
-            use.gradient = gradients.get(use)
-            if use.gradient is not None:
-                by_layer[use.layer].append(use)
+        for name, uses in self._pending.items():
+            for use in uses:
+                use.gradient = gradients.get(use)
+            by_layer[name] += [use for use in uses if use.gradient is not None]
         self.forget()
         return {name: self._batch(uses, count, reading) for name, uses in by_layer.items() if uses}
 
@@ -138,9 +141,10 @@ class Capture:
 
     def forget(self) -> None:
         """Forget all pending uses."""
-        for use in self._pending:
-            use.edge = None
-        self._pending = []
+        for uses in self._pending.values():
+            for use in uses:
+                use.edge = None
+        self._pending = {}
         self._backward_seen = False
         self._first = ""
 
@@ -206,7 +210,7 @@ class Capture:
         if name == self._first:  # again when a pass that no backward pass followed is repeated, as after a validation
             self._leading = inputs.shape[0] if inputs.dim() else 1
         use = Use(name, inputs.detach(), layer.module.training, self.micro_batch, inputs._version)
-        self._pending.append(use)
+        self._pending.setdefault(name, []).append(use)
         if self.keep_output_gradients:
             output.register_hook(lambda gradient: self._arrived(use, gradient))
         else:

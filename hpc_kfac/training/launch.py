@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
 import time
@@ -26,6 +28,7 @@ class RunStopped(RuntimeError):
 
 
 EXPECTED = (InputError, DataError, stack.LaunchError, RunStopped)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
@@ -152,6 +155,14 @@ def choose_device(name: str, ranks: Ranks) -> torch.device:
     device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed: else large tensors go back to the system and are faulted in anew at every use."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it takes
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def set_threads(threads: int | None, ranks: Ranks) -> int:

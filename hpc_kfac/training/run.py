@@ -7,7 +7,7 @@ import torch
 from hpc_kfac import Preconditioner
 from hpc_kfac.training.config import Settings
 from hpc_kfac.training.console import Console
-from hpc_kfac.training.launch import InputError, Ranks
+from hpc_kfac.training.launch import InputError, Ranks, keep_freed_memory
 from hpc_kfac.training.loop import Loop, Result
 from hpc_kfac.training.run_folder import create_run_folder
 from hpc_kfac.training.setup import Setup, build, make_preconditioner
@@ -24,6 +24,7 @@ def run(settings: Settings, ranks: Ranks) -> Result | None:
     if everyone.rank >= everyone.size - helpers:
         help_others(settings, ranks, everyone)
         return None
+    keep_freed_memory()
     console = Console(ranks.rank == 0, settings.run.progress)
     setup = build(settings, ranks, everyone)
     folder = create_run_folder(settings, ranks, setup.device)
