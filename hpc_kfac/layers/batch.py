@@ -50,6 +50,7 @@ class Use:
         training: whether the module was in training mode.
         micro_batch: number of the micro-batch; uses of one micro-batch share their samples.
         version: autograd's version counter of ``inputs``, to notice a later in-place change.
+        noted: what the layer noted of the call, see ``CapturedLayer.noted``.
         edge: where autograd delivers the gradient of the output (sampled and exact Fisher).
         gradient: gradient of the output, once a backward pass has delivered it (empirical Fisher).
     """
@@ -59,6 +60,7 @@ class Use:
     training: bool
     micro_batch: int = 0
     version: int = 0
+    noted: tuple[Tensor, ...] = ()
     edge: GradientEdge | None = None
     gradient: Tensor | None = None
 

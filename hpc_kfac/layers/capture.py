@@ -209,7 +209,8 @@ class Capture:
         self._first = self._first or name
         if name == self._first:  # again when a pass that no backward pass followed is repeated, as after a validation
             self._leading = inputs.shape[0] if inputs.dim() else 1
-        use = Use(name, inputs.detach(), layer.module.training, self.micro_batch, inputs._version)
+        noted = layer.noted(output)
+        use = Use(name, inputs.detach(), layer.module.training, self.micro_batch, inputs._version, noted)
         self._pending.setdefault(name, []).append(use)
         if self.keep_output_gradients:
             output.register_hook(lambda gradient: self._arrived(use, gradient))

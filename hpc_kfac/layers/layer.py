@@ -48,6 +48,10 @@ class CapturedLayer(ABC):
     def batch(self, uses: Sequence[Use], count: float, reading: Reading = Reading()) -> LayerBatch:  # noqa: B008
         """Statistics of uses of this layer, each with its gradient set, over ``count`` loss terms."""
 
+    def noted(self, output: Tensor) -> tuple[Tensor, ...]:
+        """Small tensors of a forward pass that its statistics can use and that the backward pass may free."""
+        return ()
+
     @property
     def has_bias(self) -> bool:
         return len(self.parameters) > 1

@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -102,16 +102,16 @@ class ChannelNormLayer(NormLayer):
         dtype = torch.promote_types(reading.dtype, torch.float32)
         x = use.inputs.to(dtype).reshape(*use.inputs.shape[:2], -1)
         g = (use.gradient if reading.draws else use.gradient.unsqueeze(0)).to(dtype)
-        mean, variance = self.statistics(x, use)
+        mean, factor = self.statistics(x, use)
         gamma, beta = zip(*(centred_products(draw.reshape(x.shape), x, mean) for draw in g), strict=True)
-        rows = self._stack(torch.stack(gamma) * (variance + self.module.eps).rsqrt(), torch.stack(beta))
+        rows = self._stack(torch.stack(gamma) * factor, torch.stack(beta))
         if reading.mask is not None and reading.mask.shape == x.shape[:1]:
             rows = rows * reading.mask.view(-1, 1, 1)
         return rows.to(reading.dtype)
 
     @abstractmethod
     def statistics(self, x: Tensor, use: Use) -> tuple[Tensor, Tensor]:
-        """Mean and variance that normalise each channel of each sample of x [N, C, T]: two [N, C]."""
+        """Mean and (variance + eps)^-1/2 that normalise each channel of each sample of x [N, C, T]: two [N, C]."""
 
 
 class BatchNormLayer(ChannelNormLayer):
@@ -123,13 +123,28 @@ class BatchNormLayer(ChannelNormLayer):
     families = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     module: BatchNorm
 
+    def noted(self, output: Tensor) -> tuple[Tensor, ...]:
+        """The statistics of the forward pass, where torch's own kernel computed them."""
+        node: Any = output.grad_fn
+        # Under hooks on saved tensors, as a checkpoint sets them, reading one could repeat the forward pass.
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return ()
+        if node is None or node.name() != "NativeBatchNormBackward0" or not node._saved_training:
+            return ()
+        return node._saved_result1.detach(), node._saved_result2.detach()
+
     def statistics(self, x: Tensor, use: Use) -> tuple[Tensor, Tensor]:
         module, shape = self.module, x.shape[:2]
+        if use.noted:
+            mean, factor = use.noted
+            return mean.to(x).expand(shape), factor.to(x).expand(shape)
         if not (use.training or module.running_mean is None or module.running_var is None):
-            return module.running_mean.to(x).expand(shape), module.running_var.to(x).expand(shape)
-        count = x.shape[0] * x.shape[2]
-        mean = (x.sum(2).sum(0) / count).expand(shape)
-        return mean, (centred_products(x, x, mean)[0].sum(0) / count).expand(shape)
+            mean, variance = module.running_mean.to(x), module.running_var.to(x)
+        else:
+            count = x.shape[0] * x.shape[2]
+            mean = x.sum(2).sum(0) / count
+            variance = centred_products(x, x, mean.expand(shape))[0].sum(0) / count
+        return mean.expand(shape), (variance + module.eps).rsqrt().expand(shape)
 
 
 class GroupNormLayer(ChannelNormLayer):
@@ -143,7 +158,7 @@ class GroupNormLayer(ChannelNormLayer):
             return groups.mean(2, keepdim=True).expand_as(groups).flatten(1)
 
         mean = average(x.sum(2))
-        return mean, average(centred_products(x, x, mean)[0])
+        return mean, (average(centred_products(x, x, mean)[0]) + self.module.eps).rsqrt()
 
 
 def centred_products(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,31 @@ def test_batch_norm_without_running_statistics_in_eval_uses_the_batch() -> None:
     layer, batch, g = captured(module, x)
     xhat = F.batch_norm(x, None, None, training=True, eps=module.eps)
     compare(layer, batch, exact(layer, torch.stack([g * xhat, g], dim=-1).unsqueeze(2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batch_statistics_of_the_forward_pass_are_noted(dtype: torch.dtype) -> None:
+    module = randomised(nn.BatchNorm2d(4)).to(dtype)
+    x = (2 * normal(3, 4, 5, 2) + 0.3).to(dtype)
+    layer = captured(module, x)[0]
+    mean, factor = layer.noted(module(x))
+    assert not (mean.requires_grad or factor.requires_grad)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(factor, (x.var((0, 2, 3), correction=0) + module.eps).rsqrt())
+
+
+def test_statistics_are_computed_where_none_can_be_noted() -> None:
+    module = randomised(nn.BatchNorm1d(4))
+    x = 2 * normal(6, 4) + 0.3
+    layer, batch, _ = captured(module, x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: pytest.fail("unpacked")):
+        assert layer.noted(module(x)) == ()
+    assert layer.noted(module(x).relu()) == ()
+    assert layer.noted(module.eval()(x)) == ()
+    [use] = batch.uses
+    assert use.noted
+    again = layer.batch([replace(use, noted=())], batch.count, batch.reading)
+    torch.testing.assert_close(again.input_moment(Dense()), batch.input_moment(Dense()))
 
 
 def test_mode_is_that_of_the_forward_pass() -> None:
