@@ -75,7 +75,9 @@ class OwnerOptimizer:
                 " they alone precondition: use Kaisa(grad_worker_fraction=0)"
             )
         preconditioner.update_at_owners()
-        self.optimizer, self._comm = optimizer, preconditioner.comm
+        # Of its own: hooks interleave these collectives with the preconditioner's, on every rank in another order.
+        self._comm = preconditioner.comm.split(0)
+        self.optimizer = optimizer
         self._micro_batches = micro_batches
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.owners = _owners(parameters, preconditioner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -55,3 +56,44 @@ def failing() -> tuple[nn.Module, CrossEntropyLoss, TensorDataset, TensorDataset
     """A model that fails on one rank while the others go on."""
     task: Any = digits()
     return nn.Sequential(nn.Flatten(), FailsOnRank1(), nn.Linear(64, 10)), CrossEntropyLoss(), task.train, task.test
+
+
+class DawdlesOnRank1(FailsOnRank1):
+    """Takes very long over its fourth forward pass on rank 1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from mpi4py import MPI
+
+        self.calls += 1
+        if self.calls == 4 and MPI.COMM_WORLD.rank == 1:
+            time.sleep(60)
+        return x
+
+
+def dawdling() -> tuple[nn.Module, CrossEntropyLoss, TensorDataset, TensorDataset]:
+    """A model that keeps the others waiting."""
+    task: Any = digits()
+    return nn.Sequential(nn.Flatten(), DawdlesOnRank1(), nn.Linear(64, 10)), CrossEntropyLoss(), task.train, task.test
+
+
+class DriftsOnRank1(FailsOnRank1):
+    """Changes a weight on rank 1 alone, in its fourth forward pass."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.others = [weight]  # no parameter of this module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from mpi4py import MPI
+
+        self.calls += 1
+        if self.calls == 4 and MPI.COMM_WORLD.rank == 1:
+            self.others[0].data[0, 0] += 1e-6
+        return x
+
+
+def drifting() -> tuple[nn.Module, CrossEntropyLoss, TensorDataset, TensorDataset]:
+    """A model whose ranks drift apart."""
+    task: Any = digits()
+    head = nn.Linear(64, 10)
+    return nn.Sequential(nn.Flatten(), DriftsOnRank1(head.weight), head), CrossEntropyLoss(), task.train, task.test

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from hpc_kfac.layers.patch_free_plan import Plan, Sides, Sizes, phase_shape, plan
 
-# Elements of a spectrum, 2 MiB in float32, and the least number of samples that is worth the additions of its moment.
-CHUNK, SAMPLES = 1 << 19, 32
+# Bytes of a spectrum, and the least number of samples that is worth the additions of its moment.
+CHUNK, SAMPLES = 1 << 21, 32
+# Most channels for which one product of 16-bit rows costs less than two.
+JOINT = 64
 
 
 @dataclass(frozen=True)
@@ -107,29 +109,42 @@ def patch_free_moment(
 def _spectrum_moments(x: Tensor, one: Plan, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
     """For each frequency sum over samples of re re^T + im im^T and of im re^T, [frequencies, C, C] each.
 
-    Also the pixels of the ring and one of zeros, [pixels + 1, N, C].
+    Also the pixels of the ring and one of zeros, [pixels + 1, C, N].
     """
     channels, frequencies, transforms = x.shape[1], one.frequencies, tables.transforms
-    half = x.dtype == torch.bfloat16
     even = x.new_zeros(frequencies, channels, channels, dtype=torch.promote_types(x.dtype, torch.float32))
     odd = torch.zeros_like(even)
-    ring = even.new_zeros(len(tables.ring) + 1, len(x), channels)
+    ring = x.new_zeros(len(tables.ring) + 1, channels, len(x))
+    # One product with all it holds costs less than three of what is needed, where they are fast and small.
+    joint = x.dtype == torch.bfloat16 and channels <= JOINT
     start = 0
-    for piece in x.split(max(SAMPLES, CHUNK // (2 * frequencies * channels))):
+    for piece in x.chunk(-(-len(x) // max(SAMPLES, CHUNK // (2 * frequencies * channels * x.itemsize)))):
         samples = len(piece)
         # Pixels first: every product takes one axis and leaves [frequencies so far, 2, the axes behind it, rows].
-        rows = piece.reshape(samples * channels, -1).T.contiguous()
-        ring[:-1, start : start + samples] = rows[tables.ring].view(-1, samples, channels)
+        if joint:  # two transpositions of two axes are faster than one of three
+            rows = piece.reshape(samples, -1).T.contiguous().view(channels, -1, samples).transpose(0, 1).contiguous()
+            pixels = rows.index_select(0, tables.ring)
+        else:
+            rows = piece.reshape(samples * channels, -1).T.contiguous()
+            pixels = rows.index_select(0, tables.ring).view(-1, samples, channels).mT
+        ring[:-1, :, start : start + samples] = pixels
         start += samples
         rows = torch.mm(transforms[0], rows.view(one.space[0], -1))
         for axis in range(1, len(one.space)):
             before = math.prod(one.circle[1:axis]) * (one.circle[0] // 2 + 1)
             rows = torch.matmul(transforms[axis], rows.view(before, 2 * one.space[axis], -1))
-        rows = rows.view(frequencies, 2 * samples, channels)
-        if half:
+        if joint:
+            rows = rows.view(frequencies, 2 * channels, samples)
+            product = torch.bmm(rows, rows.mT).float()
+            even += product[:, :channels, :channels]
+            even += product[:, channels:, channels:]
+            odd += product[:, channels:, :channels]
+        elif x.dtype == torch.bfloat16:
+            rows = rows.view(frequencies, 2 * samples, channels)
             even += torch.bmm(rows.mT, rows)
             odd += torch.bmm(rows[:, samples:].mT, rows[:, :samples])
         else:
+            rows = rows.view(frequencies, 2 * samples, channels)
             even.baddbmm_(rows.mT, rows)
             odd.baddbmm_(rows[:, samples:].mT, rows[:, :samples])
     return even, odd, ring
@@ -137,9 +152,12 @@ def _spectrum_moments(x: Tensor, one: Plan, tables: Tables) -> tuple[Tensor, Ten
 
 def _border_products(ring: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Sum over samples and pixels of left right^T for every line and every offset of the other axes [., C, C]."""
-    channels, offsets = ring.shape[-1], right.shape[1]
-    one = ring[left].flatten(1, 2).repeat_interleave(offsets, 0) if offsets > 1 else ring[left].flatten(1, 2)
-    return torch.bmm(one.mT, ring[right].view(len(left) * offsets, -1, channels))
+    (lines, offsets, _), (channels, samples) = right.shape, ring.shape[1:]
+    one = ring.index_select(0, left.flatten()).view(lines, -1, channels, samples).transpose(1, 2)
+    other = ring.index_select(0, right.flatten()).view(lines, offsets, -1, channels, samples).transpose(2, 3)
+    products = torch.bmm(one.flatten(2), other.flatten(3).flatten(1, 2).mT)
+    products = products.to(torch.promote_types(ring.dtype, torch.float32))
+    return products.view(lines, channels, offsets, channels).transpose(1, 2).flatten(0, 1)
 
 
 def _phases(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hpc_kfac import StepReport, TrainingDiverged
+from hpc_kfac import StepReport, TrainingDiverged, WeightsDiffer
 from hpc_kfac.keyed_random import keyed
 from hpc_kfac.training.console import Console
 from hpc_kfac.training.evaluation import evaluate, totals
@@ -183,6 +183,8 @@ class Loop:
             report = self.setup.preconditioner.step(scalars, log=self._logged(self.step + 1))
         except TrainingDiverged as error:
             raise RunStopped(f"step {self.step}: {error}. {self._state}") from error
+        except WeightsDiffer as error:
+            raise RunStopped(f"{error}. {self._state}") from error
         if not math.isfinite(report.scalars["objective"]):
             raise RunStopped(
                 f"step {self.step}: the loss is {report.scalars['objective']}. {self._state}"

@@ -184,3 +184,24 @@ def test_srun_that_made_singletons() -> None:
         said.append(result.stderr)
     assert "SLURM_NTASKS=2" in said[0] and "--mpi=pmix" in said[0] and "Traceback" not in said[0]
     assert said[1] == ""
+
+
+def user_task(name: str) -> list[str]:
+    return ["-m", "hpc_kfac", "train", "--task", "user", "--task.function", f"trainer_tasks:{name}"]
+
+
+def test_a_rank_that_dawdles_ends_the_run_with_names(tmp_path: Path) -> None:
+    words = [*user_task("dawdling"), "--averaging", "owner", "--placement.grad_worker_fraction", "0"]
+    words += ["--stall_seconds", "3", "--max_steps", "8", "--run_dir", str(tmp_path)]
+    result = run_mpi(words, 2, timeout=PROMPT, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert result.rc != 0 and not result.timed_out
+    assert result.output.count("has waited") == 1 and "reduce-scatter 'gradients'" in result.output
+    assert "rank 1" in result.output and "has not posted it" in result.output
+
+
+def test_weights_that_drift_stop_the_run(tmp_path: Path) -> None:
+    words = [*user_task("drifting"), "--check_weights_every", "2", "--max_steps", "8", "--run_dir", str(tmp_path)]
+    result = run_mpi(words, 2, timeout=PROMPT, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert result.rc not in (0, None) and not result.timed_out
+    assert result.output.count("have drifted apart: 2.weight on rank(s) 1") == 1
+    assert "Traceback" not in result.output

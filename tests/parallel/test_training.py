@@ -64,6 +64,58 @@ def test_the_three_ways_of_averaging_are_equal(tmp_path: Path) -> None:
         torch.testing.assert_close(weights, results["mpi4py"], rtol=0, atol=1e-10)
 
 
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("factors", ["all", "owner"])
+def test_owners_update_alike(tmp_path: Path, factors: str) -> None:
+    ranks = join()
+    words = ["--placement.grad_worker_fraction", "0", "--clip_gradient", "0.5", "--accumulation_steps", "2"]
+    plain = trained([*words, "--averaging", "mpi4py"], ranks, tmp_path)
+    owners = trained([*words, "--averaging", "owner", "--placement.factors", factors], ranks, tmp_path)
+    assert same_on_all(owners, ranks)
+    torch.testing.assert_close(owners, plain, rtol=0, atol=1e-10)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--averaging", "owner"], "grad_worker_fraction=0"),
+        (["--averaging", "owner", "--method", "none"], "averaging is owner"),
+        (["--placement.helpers", "2"], "at least one must be left to train"),
+        (["--placement.helpers", "1", "--method", "eva"], "helpers"),
+        (["--placement.factors", "local", "--method", "sample_matrix"], "gathers rows"),
+        (["--precision.payload", "int8", "--placement.factors", "owner"], "int8"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, words: list[str], message: str) -> None:
+    settings = parse([*DOUBLE_DIGITS, *words, "--max_steps", "2", "--run_dir", str(tmp_path)])
+    with pytest.raises(InputError, match=message):
+        run(settings, join())
+
+
+@pytest.mark.ranks(3)
+def test_helper_ranks_train_nothing_and_change_nothing(tmp_path: Path) -> None:
+    ranks = join()
+    common = [*DOUBLE_DIGITS, *SAMPLES, *UNEVEN, *EXACT, "--schedule", "intervals", "--schedule.refresh", "2", "--run_dir"]
+    result = run(parse([*common, str(tmp_path), "--schedule.lag", "1", "--placement.helpers", "1"]), ranks)
+    assert (result is None) == (ranks.rank == 2)
+    trainers = ranks.without_last(1)
+    if result is not None:
+        alone = run(parse([*common, str(tmp_path / "alone"), "--schedule.lag", "1"]), trainers)
+        assert alone is not None
+        assert result.figures["test_loss"] == pytest.approx(alone.figures["test_loss"], rel=1e-9)
+
+
+@pytest.mark.ranks(2)
+def test_every_rank_writes_a_timeline(tmp_path: Path) -> None:
+    ranks = join()
+    words = ["--trace_steps", "3", "--max_steps", "4", "--run_dir", str(tmp_path / str(ranks.rank))]
+    run(parse([*DOUBLE_DIGITS, *words, "--progress", "lines"]), ranks)
+    traces = [path for folder in ranks.gather(tmp_path) for path in folder.rglob(f"trace_rank{ranks.rank}.json")]
+    names = {event["name"] for event in json.loads(traces[0].read_text())["traceEvents"]}
+    assert {"forward", "backward", "gradient_allreduce", "reduce", "refresh", "broadcast", "update"} <= names
+
+
 def jittered(model: nn.Module, averaging: Any, ranks: Ranks, seed: int) -> torch.Tensor:
     """Averaged gradients, with ranks that take their time differently."""
     generator = torch.Generator().manual_seed(100 * seed + ranks.rank)

@@ -230,7 +230,7 @@ def test_kept_norm_statistics() -> None:
 
 def test_interval_means_over_terms() -> None:
     scalars = {"objective": 6.0, "loss_sum": 8.0, "terms": 4.0, "correct": 3.0}
-    report = StepReport(True, 1.0, 0.1, True, 0, 0, scalars, {})
+    report = StepReport(True, 1.0, 0.1, True, 0, 0, 0, scalars, {})
     interval = Interval(started=2.0)
     interval.add(report, samples=4)
     interval.add(replace(report, applied=False), samples=4)
@@ -241,7 +241,7 @@ def test_interval_means_over_terms() -> None:
 
 def test_strength_says_nothing_without_layers() -> None:
     strength = Strength()
-    assert strength.row(StepReport(True, 1.0, 0.0, False, 0, 0, {}, {})) == {} and strength.warning is None
+    assert strength.row(StepReport(True, 1.0, 0.0, False, 0, 0, 0, {}, {})) == {} and strength.warning is None
 
 
 def test_sums() -> None:
