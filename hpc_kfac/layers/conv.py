@@ -131,24 +131,26 @@ class ConvBatch(PositionBatch):
         if self.module.padding_mode != "zeros":
             padding = ((0, 0),) * len(padding)
         x = part.x if self.module.padding_mode == "zeros" else self._padded(part.x)
-        x = x.to(self.row_dtype)
         geometry = self.kernel, padding, self.stride, self.dilation
         shape = (x.shape[0], x.shape[1] // p, *x.shape[2:])
         # The range of float16 is too small for a spectrum.
-        if x.dtype != torch.float16 and patch_free_is_cheaper(shape, *geometry):
-            return torch.stack([patch_free_moment(group, *geometry) for group in x.chunk(p, dim=1)]).to(self.dtype)
+        if self.row_dtype != torch.float16 and patch_free_is_cheaper(shape, *geometry):
+            groups = x.to(self.row_dtype).chunk(p, dim=1)
+            return torch.stack([patch_free_moment(group, *geometry) for group in groups]).to(self.dtype)
         total: Tensor | float = 0.0
         # Four times smaller chunks than elsewhere stay in the cache.
         for which in self._chunks(part.samples, 4 * p * part.positions * self.shape.inputs):
-            total = total + self.gram(self._pixel_rows(self._padded(part.x[which]).to(self.row_dtype)), Dense())
+            total = total + self.gram(self._pixel_rows(x[which].to(self.row_dtype), padding), Dense())
         split = torch.as_tensor(total).unflatten(2, (-1, shape[1])).unflatten(1, (-1, shape[1]))
         return split.permute(0, 2, 1, 4, 3).reshape(p, self.shape.inputs - self.shape.bias, -1)
 
-    def _pixel_rows(self, padded: Tensor) -> Tensor:
+    def _pixel_rows(self, x: Tensor, padding: Sequence[tuple[int, int]]) -> Tensor:
         """Patches as rows [p, n * T, kernel positions * C]: channels last, so that whole pixels are copied."""
         dims, p = len(self.kernel), self.shape.blocks
-        channels = padded.shape[1] // p
-        windows = self._windows(padded.movedim(1, -1).contiguous().movedim(-1, 1)).unflatten(1, (p, channels))
+        channels = x.shape[1] // p
+        sides = [side for pair in reversed(padding) for side in pair]
+        pixels = F.pad(x.movedim(1, -1), [0, 0, *sides]).contiguous()
+        windows = self._windows(pixels.movedim(-1, 1)).unflatten(1, (p, channels))
         order = [1, 0, *range(3, 3 + 2 * dims), 2]
         return windows.permute(order).reshape(p, -1, math.prod(self.kernel) * channels)
 
