@@ -142,8 +142,8 @@ class Problem:
         method: the curvature method.
         assignment: the placement, worked out.
         precision: dtypes.
-        bucket_bytes: largest fused reduction.
-        broadcast_bytes: largest fused broadcast; smaller, because the next decompositions run meanwhile.
+        message_bytes: largest fused message. Small enough for several to be in flight while the backward pass and the
+            next decompositions go on, large enough for its latency not to count.
         share: send preconditioned gradients to the ranks that do not work on the layer; not needed where owners update.
     """
 
@@ -151,8 +151,7 @@ class Problem:
     method: Method
     assignment: Assignment
     precision: Precision = Precision()
-    bucket_bytes: int = 32 * 2**20
-    broadcast_bytes: int = 4 * 2**20
+    message_bytes: int = 4 * 2**20
     share: bool = True
 
     def plan(self, due: Due, scalars: int = 0) -> tuple[Operation, ...]:
@@ -269,15 +268,15 @@ class Problem:
                 target = self._target(layer)
                 ranks = (*self.trainers, target) if self.assignment.helpers else tuple(self.trainers)
                 owners.setdefault(ranks, []).append(self._slots(layer, owned, target))
-        for bucket in _buckets(everywhere, self.bucket_bytes):
+        for bucket in _buckets(everywhere, self.message_bytes):
             yield _message("reduce", bucket, self.trainers)
         if self.precision.scaled:
             triangles = [[slot for slot in group if slot.diagonal] for group in everywhere]
             whole = [[self._triangle(slot) for slot in group] for group in triangles if group]
-            for bucket in _buckets(whole, self.bucket_bytes):
+            for bucket in _buckets(whole, self.message_bytes):
                 yield _message("scaled", bucket, self.trainers)
         for ranks, groups in owners.items():
-            for bucket in _buckets(groups, self.bucket_bytes):
+            for bucket in _buckets(groups, self.message_bytes):
                 yield _message("scatter", bucket, ranks)
 
     def _target(self, layer: str) -> int:
@@ -318,7 +317,7 @@ class Problem:
                     yield self._decomposition(kind, unit, solvers)
                 else:
                     queues.setdefault(solvers[0], []).append(unit)
-        rounds = [list(_buckets([self._solved(unit) for unit in queue], self.broadcast_bytes))
+        rounds = [list(_buckets([self._solved(unit) for unit in queue], self.message_bytes))
                   for _, queue in sorted(queues.items())]  # fmt: skip
         for turn in zip_longest(*rounds, fillvalue=()):
             for rank, bucket in zip(sorted(queues), turn, strict=True):
