@@ -162,7 +162,8 @@ class ConvBatch(PositionBatch):
             return self.gram(x.permute(1, 0, 3, 2).flatten(1, 2), Dense())
         # A product for each sample spares a transposed copy, as long as it is smaller than the sample itself.
         x = x.flatten(0, 1)
-        return torch.bmm(x, x.mT).unflatten(0, (-1, p)).sum(0)
+        x = x.to(self.row_dtype) if self.row_dtype == torch.bfloat16 else x
+        return torch.bmm(x, x.mT).unflatten(0, (-1, p)).sum(0, dtype=self.dtype)
 
     def _uncorrelated(self, part: Part) -> Tensor:
         """Sum over positions of the channel moment, averaged over kernel positions [p, C, C]."""

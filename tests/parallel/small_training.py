@@ -37,6 +37,28 @@ class Net(nn.Module):
         return self.head(self.norm(self.grouped(x)).tanh().flatten(1))
 
 
+class AllKinds(nn.Module):
+    """Every family of layers that does not mix samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.tokens = nn.Linear(4, 4)
+        self.layer_norm = nn.LayerNorm(4)
+        self.line = nn.Conv1d(4, 3, 3, padding=1)
+        self.image = nn.Conv2d(2, 4, 3, stride=2, padding=1, dilation=1, groups=2)
+        self.group_norm = nn.GroupNorm(2, 4)
+        self.volume = nn.Conv3d(1, 2, (2, 3, 3))
+        self.head = nn.Linear(3 * 6 + 2 * 3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (2 * x.flatten(1)[:, :6]).long().clamp(-3, 3) + 3
+        text = self.line(self.layer_norm(self.tokens(self.embedding(ids)).tanh()).transpose(1, 2)).tanh()
+        image = self.group_norm(self.image(x)).tanh()
+        volume = self.volume(image.unsqueeze(1)).tanh()
+        return self.head(torch.cat([text.flatten(1), volume.flatten(1)], dim=1))
+
+
 def shard(step: int, rank: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     """A rank's part of a step's batch: inputs, labels, indices."""
     generator = torch.Generator().manual_seed(step)
@@ -59,7 +81,7 @@ def train(
     steps: int = STEPS,
     precision: hk.Precision = DOUBLE,
     owners_update: bool = False,
-    before_step: Callable[[hk.Preconditioner, int], None] = lambda preconditioner, step: None,
+    net: Callable[[], nn.Module] = Net,
 ) -> tuple[Tensor | None, hk.Preconditioner]:
     """Weights after some steps, None on a helper rank, and the preconditioner.
 
@@ -68,7 +90,7 @@ def train(
         carrier: carries factors and inverses instead of comm.
     """
     torch.manual_seed(0)
-    model = Net().double()
+    model = net().double()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     preconditioner = hk.Preconditioner(
         model,
@@ -101,7 +123,6 @@ def train(
         elif trainers is not None:
             for p in model.parameters():
                 p.grad.copy_(torch.from_numpy(trainers.allreduce(p.grad.numpy())) / ranks)
-        before_step(preconditioner, step)
         report = preconditioner.step(log=True)
         assert report.applied
         optimizer.step()

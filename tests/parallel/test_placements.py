@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 import hpc_kfac as hk
-from parallel.small_training import DOUBLE, METHODS, STEPS, shard, train
+from parallel.small_training import DOUBLE, METHODS, STEPS, AllKinds, shard, train
 
 RATES = hk.Rates(flops=1e9, latency=1e-6, bandwidth=1e9)  # some of the small net's units are below it, some above
 
@@ -29,6 +30,70 @@ def test_equals_one_process(comm, name):
     for placement, kind in PLACEMENTS.items():
         spread, _ = train(comm, METHODS[name](), placement=kind, schedule=schedule)
         torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9, msg=lambda m, p=placement: f"{p}: {m}")
+
+
+@pytest.mark.ranks(2, 3, 4, timeout=400)
+@pytest.mark.parametrize("solver", ["eigen", "cholesky"])
+def test_every_layer_family(comm, solver):
+    method = hk.KFAC(damping=0.1, solver=solver)
+    whole, _ = train(None, method, net=AllKinds)
+    for kind in (*PLACEMENTS.values(), hk.Kaisa(1.0), hk.Kaisa(0.0)):
+        spread, preconditioner = train(comm, method, placement=kind, net=AllKinds)
+        assert len(preconditioner.capture.layers) == 8
+        torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9)
+    owners, _ = train(comm, method, placement=hk.Kaisa(0.0, factors="owner"), net=AllKinds, owners_update=True)
+    torch.testing.assert_close(owners, whole, rtol=1e-8, atol=1e-9)
+
+
+class Branching(nn.Module):
+    """The branch is used by the last rank only, and by nobody in the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.branch, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x, branch):
+        x = self.trunk(x).tanh()
+        return self.head(self.branch(x).tanh() if branch else x)
+
+
+def branched(comm, placement, schedule=None, precision=DOUBLE):
+    """Weights after a few steps."""
+    torch.manual_seed(0)
+    model = Branching().double()
+    schedule = schedule or hk.Schedule(1, 2)
+    preconditioner = hk.Preconditioner(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        method=hk.KFAC(damping=0.1),
+        placement=placement,
+        schedule=schedule,
+        precision=precision,
+        comm=comm,
+    )
+    for step in range(8):
+        x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + comm.rank))
+        model.zero_grad()
+        model(x, branch=step > 0 and comm.rank == comm.size - 1).square().mean().backward()
+        for p in model.parameters():
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = torch.from_numpy(comm.allreduce(grad.numpy()) / comm.size)
+        assert preconditioner.step().applied
+        preconditioner._optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.ranks(2, 3, 4, timeout=400)
+def test_a_layer_that_some_ranks_do_not_use(comm):
+    """All placements, and all schedules with them, agree; what the first of them does is checked elsewhere."""
+    for schedule in (hk.Schedule(1, 2), *SCHEDULES.values()):
+        reference = branched(comm, hk.Kaisa(1.0), schedule)
+        for kind in (*PLACEMENTS.values(), hk.Kaisa(0.0)):
+            torch.testing.assert_close(branched(comm, kind, schedule), reference, rtol=1e-8, atol=1e-9)
+    exact = branched(comm, hk.Kaisa(1.0))
+    for payload in BOUNDS:
+        rounded = branched(comm, hk.Kaisa(1.0), precision=hk.Precision(payload=payload))
+        assert (rounded - exact).norm() < BOUNDS[payload] * exact.norm()
 
 
 @pytest.mark.ranks(1, 2, 3, 4, 6, timeout=400)

@@ -96,7 +96,17 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, words: list[str], 
 @pytest.mark.ranks(3)
 def test_helper_ranks_train_nothing_and_change_nothing(tmp_path: Path) -> None:
     ranks = join()
-    common = [*DOUBLE_DIGITS, *SAMPLES, *UNEVEN, *EXACT, "--schedule", "intervals", "--schedule.refresh", "2", "--run_dir"]
+    common = [
+        *DOUBLE_DIGITS,
+        *SAMPLES,
+        *UNEVEN,
+        *EXACT,
+        "--schedule",
+        "intervals",
+        "--schedule.refresh",
+        "2",
+        "--run_dir",
+    ]
     result = run(parse([*common, str(tmp_path), "--schedule.lag", "1", "--placement.helpers", "1"]), ranks)
     assert (result is None) == (ranks.rank == 2)
     trainers = ranks.without_last(1)
