@@ -14,7 +14,8 @@ from hpc_kfac.layers.layer import CapturedLayer
 from hpc_kfac.layers.patch_free import patch_free_moment
 from hpc_kfac.layers.patch_free_plan import patch_free_is_cheaper
 from hpc_kfac.layers.positions import Part, PositionBatch
-from hpc_kfac.linalg.structure import Dense, Diagonal, SpatiallyUncorrelated, Structure
+from hpc_kfac.linalg.spatial import SpatiallyUncorrelated
+from hpc_kfac.linalg.structure import Dense, Diagonal, Structure
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -157,13 +158,14 @@ class ConvBatch(PositionBatch):
     def _channel_moment(self, x: Tensor) -> Tensor:
         """Sum over samples and positions of the channels of each group times themselves [p, c, c]."""
         p, positions = self.shape.blocks, math.prod(x.shape[2:])
+        if self.row_dtype == torch.bfloat16:  # the range of float16 is too small for gradients
+            x = x.to(self.row_dtype)
         x = x.reshape(len(x), p, -1, positions)
-        if x.shape[2] > positions:
+        if x.shape[2] > 2 * positions:
             return self.gram(x.permute(1, 0, 3, 2).flatten(1, 2), Dense())
-        # A product for each sample spares a transposed copy, as long as it is smaller than the sample itself.
+        # A product for each sample spares a transposed copy, as long as it is not much larger than the sample itself.
         x = x.flatten(0, 1)
-        x = x.to(self.row_dtype) if self.row_dtype == torch.bfloat16 else x
-        return torch.bmm(x, x.mT).unflatten(0, (-1, p)).sum(0, dtype=self.dtype)
+        return torch.bmm(x, x.mT).to(self.dtype).unflatten(0, (-1, p)).sum(0)
 
     def _uncorrelated(self, part: Part) -> Tensor:
         """Sum over positions of the channel moment, averaged over kernel positions [p, C, C]."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.damping import Damping
-from hpc_kfac.linalg.structure import Blocks, Dense, Diagonal, Identity, SpatiallyUncorrelated, Structure
+from hpc_kfac.linalg.spatial import SpatiallyUncorrelated
+from hpc_kfac.linalg.structure import Blocks, Dense, Diagonal, Identity, Structure
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Method, State, StateSpec
 

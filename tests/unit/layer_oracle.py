@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from hpc_kfac.layers import Capture, CapturedLayer, LayerBatch
-from hpc_kfac.linalg.structure import Blocks, Dense, Diagonal, Identity, SpatiallyUncorrelated, Structure
+from hpc_kfac.linalg.spatial import SpatiallyUncorrelated
+from hpc_kfac.linalg.structure import Blocks, Dense, Diagonal, Identity, Structure
 from unit.fake_batch import FakeBatch
 
 

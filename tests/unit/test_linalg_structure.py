@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpc_kfac.linalg.structure import Blocks, Dense, Diagonal, Identity, SpatiallyUncorrelated, Structure
+from hpc_kfac.linalg.spatial import SpatiallyUncorrelated
+from hpc_kfac.linalg.structure import Blocks, Dense, Diagonal, Identity, Structure
 
 LinAlgError = torch.linalg.LinAlgError
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hpc_kfac.layers.batch import LayerShape
-from hpc_kfac.linalg.structure import Blocks, Dense, Diagonal, Identity, SpatiallyUncorrelated
+from hpc_kfac.linalg.spatial import SpatiallyUncorrelated
+from hpc_kfac.linalg.structure import Blocks, Dense, Diagonal, Identity
 from hpc_kfac.methods import KFAC, State
 from unit.fake_batch import FakeBatch, correlated_batch, names
 
