@@ -6,10 +6,10 @@ from hpc_kfac.distributed import Kaisa, Rates
 from hpc_kfac.fisher import BinaryCrossEntropy, CrossEntropy, OutputDistribution, SquaredError
 from hpc_kfac.methods import EKFAC, KFAC, Eva, Method, SampleMatrix
 from hpc_kfac.owner_optimizer import OwnerOptimizer
+from hpc_kfac.precision import Precision
 from hpc_kfac.preconditioner import Preconditioner, TrainingDiverged
 from hpc_kfac.schedule import Schedule, Similarity, TraceChange
 from hpc_kfac.step_control import FixedNorm, KLClip, TrustRegion
-from hpc_kfac.step_plan import Precision
 from hpc_kfac.step_report import LayerReport, StepReport
 
 __version__ = "0.1.0"

@@ -8,30 +8,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
+from hpc_kfac import saved_state
 from hpc_kfac.collector import Collector, FisherSource
 from hpc_kfac.consistency import check_weights
+from hpc_kfac.costs import make_problem
 from hpc_kfac.damping import LevenbergMarquardt, as_damping
 from hpc_kfac.distributed import (
     Assignment,
     Communicator,
     Kaisa,
     MPICommunicator,
-    UnitCost,
     Watchdog,
     communicator,
 )
 from hpc_kfac.execution import Executor
 from hpc_kfac.fisher import CrossEntropy, OutputDistribution
 from hpc_kfac.layers import Capture
-from hpc_kfac.machine import measure_costs, measure_rates
 from hpc_kfac.methods import KFAC
 from hpc_kfac.methods.method import Method
+from hpc_kfac.precision import Precision
+from hpc_kfac.reduction_ratio import ReductionRatio
 from hpc_kfac.schedule import RefreshTimes, Schedule
 from hpc_kfac.step_control import KLClip, StepControl
-from hpc_kfac.step_plan import Due, Operation, Precision, Problem, units_of
+from hpc_kfac.step_plan import Due, Operation
 from hpc_kfac.step_report import LayerState, StepInputs, StepReport
 from hpc_kfac.timing import Timeline
 
@@ -122,7 +123,10 @@ class Preconditioner:
         self._watchdog = None
         if stall_seconds is not None and isinstance(self._comm, MPICommunicator) and self._comm.size > 1:
             self._watchdog = Watchdog(self._comm.mpi, self._comm.monitor, stall_seconds)
-        self._problem = self._make_problem(placement or Kaisa())
+        shapes = {name: layer.shape for name, layer in self.capture.layers.items()}
+        self._problem = make_problem(
+            shapes, self.method, placement or Kaisa(), self.precision, self._comm, self._device
+        )
         self._times = RefreshTimes(self.schedule, self._refresh_costs())
         self.timeline = Timeline(self._comm.rank)
         self._executor = Executor(
@@ -137,9 +141,9 @@ class Preconditioner:
             self.timeline,
         )
         self._plans: dict[tuple[Due, int], tuple[Operation, ...]] = {}
-        self._damping_due = False
-        self._before: dict[str, tuple[Tensor, Tensor]] = {}
-        self._before_left_out: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._ratio = ReductionRatio(
+            model, self.capture.layers, self.states, self._problem, self._executor.groups.trainers
+        )
         if self.assignment.factors == "local":
             here = {name for name in self.states if self._problem.collects(self._comm.rank, name)}
             self.capture.only = frozenset(here)
@@ -157,25 +161,6 @@ class Preconditioner:
             self.timings,
         )
         self._start_step()
-
-    def _make_problem(self, placement: Kaisa) -> Problem:
-        shapes = {name: layer.shape for name, layer in self.capture.layers.items()}
-        costs = {}
-        for name, units in units_of(self.method, shapes).items():
-            for unit in units or [(name, "")]:
-                flops = self.method.refresh_flops(shapes[name], unit[1])
-                specs = [s for s in self.method.state(shapes[name]) if s.role == "solved" and s.part == unit[1]]
-                costs[unit] = UnitCost(
-                    flops, sum(math.prod(s.shape) * self.precision.stored(s).itemsize for s in specs)
-                )
-        if placement.costs == "measured" or placement.all_local == "measured":
-            measured, rate = measure_costs(costs, self.method, shapes, self.precision, self._comm, self._device)
-            costs = measured if placement.costs == "measured" else costs
-            if placement.all_local == "measured":
-                placement = replace(placement, all_local=measure_rates(rate, self._comm, self._device))
-        problem = Problem(shapes, self.method, placement.assign(costs, self._comm.size), self.precision)
-        problem.check()
-        return problem
 
     def _refresh_costs(self) -> dict[str, float]:
         return {name: self.method.cost(shape).refresh for name, shape in self._problem.shapes.items()}
@@ -229,7 +214,9 @@ class Preconditioner:
         inputs = StepInputs(
             self.steps, self.damping.at(self.steps), self._learning_rates(), scalars or {}, log, self._collector.fold
         )
-        self._remember_before_step()
+        self._ratio.due = isinstance(self.damping, LevenbergMarquardt) and self.damping.due(self.steps)
+        if self._ratio.due:
+            self._ratio.remember()
         plan = self._plan(self._due, self._executor.scalars(self._due, inputs))
         agreed = self._executor.run(plan, self._due, inputs)
         for layer, change in agreed.changes.items():
@@ -258,7 +245,7 @@ class Preconditioner:
     @property
     def damping_due(self) -> bool:
         """Whether `adapt_damping` has something to do after the step just taken."""
-        return self._damping_due
+        return self._ratio.due
 
     def adapt_damping(self, evaluate: Callable[[], float], loss: float) -> None:
         """The Levenberg-Marquardt rule; does nothing unless `damping_due`. Collective, after `optimizer.step()`.
@@ -267,26 +254,8 @@ class Preconditioner:
             evaluate: the local mean loss of the batch just used, with the new weights.
             loss: the same with the old weights.
         """
-        if not self._damping_due or not isinstance(self.damping, LevenbergMarquardt):
-            return
-        self._damping_due = False
-        model = torch.zeros((), dtype=torch.float64)
-        for name, (weights, gradient) in self._before.items():
-            layer, state = self.capture.layers[name], self.states[name]
-            delta = layer.matrix([p.detach() for p in layer.parameters]).to(gradient.dtype) - weights
-            change = (delta * gradient).sum() + 0.5 * self.damping.current * delta.square().sum()
-            if state.running:
-                change += 0.5 * self.method.quadratic(delta, state.view(), self._problem.shapes[name])
-            model += change.double().cpu()
-        for weight, before, slope in self._before_left_out:  # without curvature
-            model += ((weight - before) * slope).sum().double().cpu()
-        self._before, self._before_left_out = {}, []
-        # The losses are means over this rank's samples, the model's parts are counted once among all ranks.
-        totals = torch.tensor([(evaluate() - loss) / self.assignment.trainers, float(model)], dtype=torch.float64)
-        if self.assignment.trainers > 1:
-            self._executor.groups.trainers.allreduce(totals, "damping", "change of the loss").wait()
-        # A step that the model expects to raise the loss, as momentum can make it, is no good whatever came of it.
-        self.damping.adjust((totals[0] / totals[1]).item() if totals[1] < 0 else math.nan)
+        if self._ratio.due and isinstance(self.damping, LevenbergMarquardt):
+            self.damping.adjust(self._ratio.measure(evaluate() - loss, self.damping.current))
 
     def summary(self) -> str:
         """What is captured and what is left out, in words."""
@@ -325,6 +294,7 @@ class Preconditioner:
     def update_at_owners(self) -> None:
         """From now on only a layer's owner gets its preconditioned gradient, as `OwnerOptimizer` wants it."""
         self._problem = replace(self._problem, share=False)
+        self._ratio.sharded = True
         self._plans.clear()
         self._start_step()
 
@@ -357,16 +327,7 @@ class Preconditioner:
             "folds": self._collector.folds,
             "schedule": self._times.state_dict(),
             "damping": self.damping.state_dict(),
-            "layers": {
-                name: {
-                    "weight": state.weight,
-                    "refreshed": dict(state.refreshed),
-                    "running": dict(state.running),
-                    "solved": dict(state.solved),
-                    "remembered": dict(state.remembered),
-                }
-                for name, state in self.states.items()
-            },
+            "layers": saved_state.save(self.states),
             "pending": self._executor.solver.pending(),
         }
 
@@ -377,20 +338,7 @@ class Preconditioner:
             ValueError: the layers, their tensors or a tensor's shape are not this model's and method's. Nothing is
                 changed then.
         """
-        if set(state["layers"]) != set(self.states):
-            differing = sorted(set(state["layers"]) ^ set(self.states))
-            names = ", ".join(differing[:5])
-            raise ValueError(f"the saved layers differ from the model's: {names}; load into the same model")
-        for name, saved in state["layers"].items():
-            self._check_tensors(name, saved)
-        for name, saved in state["layers"].items():
-            self.states[name] = LayerState(
-                running={key: self._own(tensor) for key, tensor in saved["running"].items()},
-                solved={key: self._own(tensor) for key, tensor in saved["solved"].items()},
-                weight=saved["weight"],
-                refreshed=dict(saved["refreshed"]),
-                remembered={key: self._own(tensor) for key, tensor in saved["remembered"].items()},
-            )
+        self.states.update(saved_state.restore(state["layers"], self._problem, self._device))
         self.steps, self.skipped, self.failures = state["steps"], state["skipped"], state["failures"]
         self._collector.folds = state["folds"]
         self._times.load_state_dict(state["schedule"])
@@ -426,50 +374,16 @@ class Preconditioner:
             self._plans[due, scalars] = self._problem.plan(due, scalars)
         return self._plans[due, scalars]
 
-    def _remember_before_step(self) -> None:
-        self._damping_due = isinstance(self.damping, LevenbergMarquardt) and self.damping.due(self.steps)
-        if not self._damping_due:
-            return
-        for name, layer in self.capture.layers.items():
-            if self.assignment.owner[name] == self._comm.rank:
-                weights = layer.matrix([p.detach() for p in layer.parameters]).clone()
-                self._before[name] = (weights.to(self.precision.wire), layer.gradient().clone())
-        captured = {id(p) for layer in self.capture.layers.values() for p in layer.parameters}
-        self._before_left_out = [
-            (p.detach(), p.detach().clone(), p.grad.clone())
-            for p in self._model.parameters()
-            if p.grad is not None and id(p) not in captured and (self._comm.rank == 0 or not self._problem.share)
-        ]
-
     def _count_skipped(self, applied: bool) -> None:
         if applied:
             self._skipped_in_row = 0
             return
         self.skipped += 1
         self._skipped_in_row += 1
-        self._damping_due = False
+        self._ratio.due = False
         if self._skipped_in_row > self._max_skipped:
             good = self.steps - self._skipped_in_row
             raise TrainingDiverged(
                 f"{self._skipped_in_row} steps in a row had non-finite gradients (last good step: {good}); "
                 "lower the learning rate or the KL clip, or raise the damping"
             )
-
-    def _check_tensors(self, name: str, saved: Mapping[str, Any]) -> None:
-        specs = {spec.name: spec for spec in self._problem.specs[name]}
-        for role in ("running", "solved"):
-            for key, tensor in saved[role].items():
-                if key not in specs:
-                    raise ValueError(
-                        f"{name}.{key} is not part of {type(self.method).__name__}, which keeps {', '.join(specs)}; "
-                        "load into the same method"
-                    )
-                needed = specs[key].shape if role == "running" else specs[key].full_shape(self._comm.size)
-                if tuple(tensor.shape) != needed:
-                    raise ValueError(
-                        f"{name}.{key} has shape {tuple(tensor.shape)}, this model and method need {needed}; "
-                        "load into the same model, method and rank count"
-                    )
-
-    def _own(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().clone().to(self._device)

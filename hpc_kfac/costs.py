@@ -1,7 +1,8 @@
-"""What this machine does: seconds of decompositions and of broadcasts, measured before training starts."""
+"""What a refresh costs, by formula or measured before training starts, and who therefore does it."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,13 +10,43 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hpc_kfac.distributed import Communicator, Rates, Unit, UnitCost
+from hpc_kfac.distributed import Communicator, Kaisa, Rates, Unit, UnitCost
 from hpc_kfac.layers import LayerShape
 from hpc_kfac.methods.method import Method, State
-from hpc_kfac.step_plan import Precision
+from hpc_kfac.precision import Precision
+from hpc_kfac.step_plan import Problem, units_of
 
 MESSAGE = 4 * 2**20  # bytes of a broadcast that is long enough to tell the bandwidth
 REPEATS = 3
+
+
+def make_problem(
+    shapes: Mapping[str, LayerShape],
+    method: Method,
+    placement: Kaisa,
+    precision: Precision,
+    comm: Communicator,
+    device: torch.device,
+) -> Problem:
+    """Works a placement out for layers and ranks. Collective where something is measured.
+
+    Raises:
+        ValueError: method, placement, precision and the number of ranks do not go together.
+    """
+    costs = {}
+    for name, units in units_of(method, shapes).items():
+        for unit in units or [(name, "")]:
+            specs = [s for s in method.state(shapes[name]) if s.role == "solved" and s.part == unit[1]]
+            sent = sum(math.prod(s.shape) * precision.stored(s).itemsize for s in specs)
+            costs[unit] = UnitCost(method.refresh_flops(shapes[name], unit[1]), sent)
+    if "measured" in (placement.costs, placement.all_local):
+        measured, rate = measure_costs(costs, method, shapes, precision, comm, device)
+        costs = measured if placement.costs == "measured" else costs
+        if placement.all_local == "measured":
+            placement = replace(placement, all_local=measure_rates(rate, comm, device))
+    problem = Problem(shapes, method, placement.assign(costs, comm.size), precision)
+    problem.check()
+    return problem
 
 
 def measure_costs(
