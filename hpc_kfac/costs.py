@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.distributed import Communicator, Kaisa, Rates, Unit, UnitCost
+from hpc_kfac.distributed.layout import Slot
 from hpc_kfac.layers import LayerShape
 from hpc_kfac.methods.method import Method, State
 from hpc_kfac.precision import Precision
@@ -37,7 +37,7 @@ def make_problem(
     for name, units in units_of(method, shapes).items():
         for unit in units or [(name, "")]:
             specs = [s for s in method.state(shapes[name]) if s.role == "solved" and s.part == unit[1]]
-            sent = sum(math.prod(s.shape) * precision.stored(s).itemsize for s in specs)
+            sent = sum(Slot(name, s.name, s.shape, precision.stored(s), s.symmetric).bytes for s in specs)
             costs[unit] = UnitCost(method.refresh_flops(shapes[name], unit[1]), sent)
     if "measured" in (placement.costs, placement.all_local):
         measured, rate = measure_costs(costs, method, shapes, precision, comm, device)
