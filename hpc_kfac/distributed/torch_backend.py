@@ -12,7 +12,7 @@ from hpc_kfac.distributed.communicator import Communicator, Family, Flight, segm
 
 
 class TorchCommunicator(Communicator):
-    """A torch.distributed process group (gloo or nccl).
+    """A torch.distributed process group (gloo or nccl). It is duplicated, because hooks of others post on theirs.
 
     gloo has no collectives on segments of unequal size: they are one reduction or broadcast per segment.
     """
@@ -21,6 +21,8 @@ class TorchCommunicator(Communicator):
         dist = torch.distributed
         self._global = dist.get_process_group_ranks(group or dist.group.WORLD)
         members = self._global if family is not None else range(len(self._global))
+        if family is None:
+            group = dist.new_group(self._global, use_local_synchronization=True)
         super().__init__(family, name, members)
         self._group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)

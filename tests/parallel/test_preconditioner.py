@@ -58,6 +58,35 @@ def test_torch_distributed_carries_what_mpi_does(comm, process_group, name):
         assert over_torch.traffic == over_mpi.traffic
 
 
+@pytest.mark.ranks(2, 3)
+def test_beside_distributed_data_parallel(comm, process_group):
+    """Its hooks and ours post from one backward pass, over groups of their own."""
+    results = []
+    for wrapped in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        forward = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-4) if wrapped else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        preconditioner = hk.Preconditioner(
+            model, optimizer, schedule=hk.Schedule(1, 1), precision=DOUBLE, comm=torch.distributed.group.WORLD
+        )
+        for step in range(6):
+            generator = torch.Generator().manual_seed(10 * step + comm.rank)
+            x, y = (
+                torch.randn(5, 6, generator=generator, dtype=torch.float64),
+                torch.randint(3, (5,), generator=generator),
+            )
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(forward(x), y).backward()
+            if not wrapped:
+                for p in model.parameters():
+                    p.grad = torch.from_numpy(comm.allreduce(p.grad.numpy()) / comm.size)
+            assert preconditioner.step().applied
+            optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.ranks(2)
 def test_two_runs_are_bitwise_equal_on_all_ranks(comm):
     first, _ = train(comm, hk.KFAC(damping=0.1), fisher="sampled")
