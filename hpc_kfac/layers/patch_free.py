@@ -112,11 +112,12 @@ def _spectrum_moments(x: Tensor, one: Plan, tables: Tables) -> tuple[Tensor, Ten
     Also the pixels of the ring and one of zeros, [pixels + 1, C, N].
     """
     channels, frequencies, transforms = x.shape[1], one.frequencies, tables.transforms
-    even = x.new_zeros(frequencies, channels, channels, dtype=torch.promote_types(x.dtype, torch.float32))
-    odd = torch.zeros_like(even)
+    exact = torch.promote_types(x.dtype, torch.float32)
     ring = x.new_zeros(len(tables.ring) + 1, channels, len(x))
     # One product with all it holds costs less than three of what is needed, where they are fast and small.
     joint = x.dtype == torch.bfloat16 and channels <= JOINT
+    even, odd = x.new_zeros(2, frequencies, channels, channels, dtype=exact)
+    products: Tensor | None = None
     start = 0
     for piece in x.chunk(-(-len(x) // max(SAMPLES, CHUNK // (2 * frequencies * channels * x.itemsize)))):
         samples = len(piece)
@@ -135,10 +136,8 @@ def _spectrum_moments(x: Tensor, one: Plan, tables: Tables) -> tuple[Tensor, Ten
             rows = torch.matmul(transforms[axis], rows.view(before, 2 * one.space[axis], -1))
         if joint:
             rows = rows.view(frequencies, 2 * channels, samples)
-            product = torch.bmm(rows, rows.mT).float()
-            even += product[:, :channels, :channels]
-            even += product[:, channels:, channels:]
-            odd += product[:, channels:, :channels]
+            product = torch.bmm(rows, rows.mT).to(exact)
+            products = product if products is None else products.add_(product)
         elif x.dtype == torch.bfloat16:
             rows = rows.view(frequencies, 2 * samples, channels)
             even += torch.bmm(rows.mT, rows)
@@ -147,6 +146,9 @@ def _spectrum_moments(x: Tensor, one: Plan, tables: Tables) -> tuple[Tensor, Ten
             rows = rows.view(frequencies, 2 * samples, channels)
             even.baddbmm_(rows.mT, rows)
             odd.baddbmm_(rows[:, samples:].mT, rows[:, :samples])
+    if products is not None:
+        even = products[:, :channels, :channels] + products[:, channels:, channels:]
+        odd = products[:, channels:, :channels]
     return even, odd, ring
 
 

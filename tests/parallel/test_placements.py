@@ -242,25 +242,27 @@ def triangle(d):
 def test_traffic_is_that_of_the_formulas(comm):
     """Shapes of the small net: (p, a, o, bias column included) of its four layers; norms have a 2 x 2 A alone."""
     sides = {"conv": (1, 19, 4), "grouped": (2, 18, 2), "norm": (4, 2, 0), "head": (1, 17, 5)}
-    factors = sum(p * (triangle(a) + triangle(o)) for p, a, o in sides.values())
-    bases = sum(p * (a * a + a + o * o + o) for p, a, o in sides.values())
-    inverses = factors
+    factors = {layer: p * (triangle(a) + triangle(o)) for layer, (p, a, o) in sides.items()}
+    bases = {layer: p * (a * a + a + o * o + o) for layer, (p, a, o) in sides.items()}
     gradients = sum(p * a * max(o, 1) for p, a, o in sides.values())
-    p = comm.size
-    for solver, solved, flags in (("eigen", bases, 7), ("cholesky", inverses, 7)):
-        method = hk.KFAC(damping=0.1, solver=solver)
-        for placement in (hk.Kaisa(1.0), hk.Kaisa(0.0), hk.Kaisa(0.0, factors="owner"), hk.Kaisa(0.0, factors="local")):
+    parts = {"conv": 2, "grouped": 2, "norm": 1, "head": 2}  # each with a flag that tells whether it was solved
+    fractions = {1.0, 0.0} | ({0.5} if comm.size % 2 == 0 else set())
+    placements = [*map(hk.Kaisa, sorted(fractions)), hk.Kaisa(0.0, factors="owner"), hk.Kaisa(0.0, factors="local")]
+    for solver, solved in (("eigen", bases), ("cholesky", factors)):
+        for placement in placements:
+            method = hk.KFAC(damping=0.1, solver=solver)
             _, preconditioner = train(comm, method, placement=placement, schedule=hk.Schedule(1, 1), steps=1)
             found = {kind: preconditioner.traffic[kind] for kind in OURS}
             expected = dict.fromkeys(OURS, 0)
-            if p > 1:
-                if placement.factors != "local":
-                    kind = "reduce" if placement.factors == "all" else "scatter"
-                    expected[kind] = 8 * (factors + len(sides))  # and a weight a layer
-                if placement.grad_worker_fraction == 1.0:
-                    expected["broadcast"] = 8 * solved + 4 * flags
-                else:
-                    expected["share"] = 8 * gradients
+            assignment = preconditioner.assignment
+            if comm.size > 1 and placement.factors != "local":
+                kind = "reduce" if placement.factors == "all" else "scatter"
+                expected[kind] = 8 * (sum(factors.values()) + len(sides))  # and a weight a layer
+            if assignment.workers > 1:  # within the group that works on the layer
+                mine = [layer for layer in sides if assignment.works_on(comm.rank, layer)]
+                expected["broadcast"] = sum(8 * solved[layer] + 4 * parts[layer] for layer in mine)
+            if assignment.workers < comm.size:
+                expected["share"] = 8 * gradients
             assert found == expected, (solver, placement)
 
 
