@@ -25,8 +25,8 @@ from hpc_kfac.layers.patch_free_plan import Plan, Sides, Sizes, phase_shape, pla
 
 # Bytes of a spectrum, and the least number of samples that is worth the additions of its moment.
 CHUNK, SAMPLES = 1 << 21, 32
-# Most channels for which one product of 16-bit rows costs less than two.
-JOINT = 64
+# Most channels for which one product of real and imaginary parts together costs less than two of what is needed.
+JOINT = {torch.bfloat16: 64}
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,14 @@ def _spectrum_moments(x: Tensor, one: Plan, tables: Tables) -> tuple[Tensor, Ten
     channels, frequencies, transforms = x.shape[1], one.frequencies, tables.transforms
     exact = torch.promote_types(x.dtype, torch.float32)
     ring = x.new_zeros(len(tables.ring) + 1, channels, len(x))
-    # One product with all it holds costs less than three of what is needed, where they are fast and small.
-    joint = x.dtype == torch.bfloat16 and channels <= JOINT
+    joint = channels <= JOINT.get(x.dtype, 0)
     even, odd = x.new_zeros(2, frequencies, channels, channels, dtype=exact)
     products: Tensor | None = None
     start = 0
     for piece in x.chunk(-(-len(x) // max(SAMPLES, CHUNK // (2 * frequencies * channels * x.itemsize)))):
         samples = len(piece)
-        # Pixels first: every product takes one axis and leaves [frequencies so far, 2, the axes behind it, rows].
+        # Pixels first: every product takes one axis and leaves [frequencies so far, 2, the axes behind it, rows]. Rows
+        # are channels, then samples, where real and imaginary parts are multiplied together.
         if joint:  # two transpositions of two axes are faster than one of three
             rows = piece.reshape(samples, -1).T.contiguous().view(channels, -1, samples).transpose(0, 1).contiguous()
             pixels = rows.index_select(0, tables.ring)

@@ -149,6 +149,26 @@ def test_spectrum_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(patch_free_moment(x, *geometry), whole)
 
 
+@pytest.mark.parametrize(
+    "geometry", [((3, 2), ((1, 1), (0, 1)), (1, 1), (1, 1)), ((3, 3), ((1, 1), (1, 1)), (2, 2), (1, 1))]
+)
+def test_joint_products_change_nothing(geometry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normal(5, 3, 6, 7)
+    monkeypatch.setattr(patch_free_module, "CHUNK", 1)
+    monkeypatch.setattr(patch_free_module, "SAMPLES", 2)
+    monkeypatch.setattr(patch_free_module, "JOINT", {torch.float64: 64})
+    torch.testing.assert_close(patch_free_moment(x, *geometry), patch_moment(x, geometry))
+
+
+@pytest.mark.parametrize("joint", [64, 0])
+def test_patch_free_moment_of_bfloat16_is_close(joint: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, geometry = normal(32, 16, 14, 14).relu(), ((3, 3), ((1, 1), (1, 1)), (1, 1), (1, 1))
+    monkeypatch.setattr(patch_free_module, "JOINT", {torch.bfloat16: joint})
+    exact, moment = patch_moment(x, geometry), patch_free_moment(x.bfloat16(), *geometry)
+    assert moment.dtype == torch.float32
+    assert (moment - exact).norm() < 3e-3 * exact.norm()
+
+
 def test_patch_free_path_is_taken_where_it_pays() -> None:
     def taken(shape: tuple[int, ...], kernel: int = 3, stride: int = 1, padding: int = 1) -> bool:
         dims = len(shape) - 2
