@@ -126,8 +126,8 @@ class BatchNormLayer(ChannelNormLayer):
     def noted(self, output: Tensor) -> tuple[Tensor, ...]:
         """The statistics of the forward pass, where torch's own kernel computed them."""
         node: Any = output.grad_fn
-        # Under hooks on saved tensors, as a checkpoint sets them, reading one could repeat the forward pass. Before torch
-        # 2.8 it does not show whether there are any.
+        # Under hooks on saved tensors, as a checkpoint sets them, reading one could repeat the forward pass. Torch
+        # before 2.8 does not show whether there are any.
         hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
         if hooks is None or hooks(True) is not None:
             return ()
