@@ -45,7 +45,7 @@ PHASES = {
 }
 """Which entry of the timings an operation counts for."""
 
-WORK, STOP = 1.0, 0.0
+WORK, STOP, FAILED = 1.0, 0.0, -1.0
 """Orders to helper ranks."""
 
 EARLY = ("reduce", "scatter")
@@ -183,8 +183,12 @@ class Executor:
                 self._run(operation)
         return self._agreed
 
-    def serve(self, plan_of: Callable[[Due], tuple[Operation, ...]]) -> None:
-        """On a helper rank: runs its part of every step in which something is to be decomposed, until `close`."""
+    def serve(self, plan_of: Callable[[Due], tuple[Operation, ...]]) -> bool:
+        """On a helper rank: runs its part of every step in which something is to be decomposed, until `close`.
+
+        Returns:
+            False if the trainers have failed.
+        """
         names = tuple(self._layers)
         while True:
             orders = torch.zeros(3 + 2 * len(names), dtype=torch.float64)
@@ -192,8 +196,8 @@ class Executor:
             while not work.done():  # for as long as the trainers need, so it is no stall
                 time.sleep(1e-3)
             command, number, damping, *flags = orders.tolist()
-            if command == STOP:
-                return
+            if command != WORK:
+                return command == STOP
             starting, landing = flags[: len(names)], flags[len(names) :]
             self._due = Due(
                 False, *(tuple(n for n, flag in zip(names, f, strict=True) if flag) for f in (starting, landing))
@@ -205,11 +209,11 @@ class Executor:
                     self._run(operation)
             self._complete(None, ())
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """On all trainers: ends `serve` on the helpers."""
         self._inputs = StepInputs(0, 0.0, {}, {}, False, lambda: None)
         self._due = Due()
-        self._order_helpers(STOP)
+        self._order_helpers(FAILED if failed else STOP)
 
     def _order_helpers(self, command: float) -> None:
         if not self.groups.helpers:

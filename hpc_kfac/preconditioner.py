@@ -298,13 +298,17 @@ class Preconditioner:
         self._plans.clear()
         self._start_step()
 
-    def serve(self) -> None:
-        """What a helper rank does instead of training: decomposes for the trainers until they `close`."""
-        self._executor.serve(lambda due: self._plan(due, 0))
+    def serve(self) -> bool:
+        """What a helper rank does instead of training: decomposes for the trainers until they `close`.
 
-    def close(self) -> None:
+        Returns:
+            False if they have failed.
+        """
+        return self._executor.serve(lambda due: self._plan(due, 0))
+
+    def close(self, failed: bool = False) -> None:
         """Lets the helper ranks go and ends the watchdog; call it on all trainers after the last step."""
-        self._executor.close()
+        self._executor.close(failed)
         if self._watchdog is not None:
             self._watchdog.stop()
 

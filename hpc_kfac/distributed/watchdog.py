@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -17,6 +18,15 @@ from hpc_kfac.distributed.monitor import Answer, Monitor, Posting
 
 ASK, ANSWER = 1, 2  # tags of messages
 SHOWN = 8  # ranks that a message names, at most
+
+
+_ALIVE: weakref.WeakSet[Watchdog] = weakref.WeakSet()
+
+
+def stop_all() -> None:
+    """Ends the threads of all watchdogs of this process, as MPI_Finalize needs it."""
+    for watchdog in list(_ALIVE):
+        watchdog.stop()
 
 
 class Watchdog:
@@ -66,6 +76,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="hpc_kfac watchdog", daemon=True)
         self._thread.start()
         atexit.register(self.stop)
+        _ALIVE.add(self)
 
     def stop(self) -> None:
         """Ends the thread; call it before MPI is finalized. A rank that has stopped answers no other."""

@@ -51,5 +51,5 @@ class FirstOrder:
     def adapt_damping(self, evaluate: Callable[[], float], loss: float) -> None:
         """There is no damping."""
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Nothing to end."""

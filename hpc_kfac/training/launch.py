@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from hpc_kfac import stack
+from hpc_kfac.distributed.watchdog import stop_all
 from hpc_kfac.training.datasets import DataError
 
 
@@ -210,6 +211,7 @@ def _leave_mpi() -> None:
     """Shuts MPI down in order: exiting with an error code from within it would add a page about MPI_ABORT."""
     from mpi4py import MPI
 
+    stop_all()
     horovod = sys.modules.get("horovod.torch")
     if horovod is not None and horovod.is_initialized():
         horovod.shutdown()

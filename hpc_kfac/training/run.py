@@ -7,7 +7,7 @@ import torch
 from hpc_kfac import Preconditioner
 from hpc_kfac.training.config import Settings
 from hpc_kfac.training.console import Console
-from hpc_kfac.training.launch import InputError, Ranks, keep_freed_memory
+from hpc_kfac.training.launch import InputError, Ranks, RunStopped, keep_freed_memory
 from hpc_kfac.training.loop import Loop, Result
 from hpc_kfac.training.run_folder import create_run_folder
 from hpc_kfac.training.setup import Setup, build, make_preconditioner
@@ -31,6 +31,9 @@ def run(settings: Settings, ranks: Ranks) -> Result | None:
     console.say(_opening(setup))
     try:
         result = Loop(setup, folder, console).run()
+    except RunStopped:
+        setup.preconditioner.close(failed=True)
+        raise
     finally:
         console.close()
         folder.close()
@@ -50,7 +53,8 @@ def help_others(settings: Settings, helpers: Ranks, everyone: Ranks) -> None:
     unused = torch.optim.SGD(model.parameters())
     preconditioner = make_preconditioner(settings, model, unused, helpers, everyone)
     assert isinstance(preconditioner, Preconditioner)
-    preconditioner.serve()
+    if not preconditioner.serve():
+        raise RunStopped("the ranks that train have stopped")
 
 
 def _opening(setup: Setup) -> str:

@@ -205,3 +205,11 @@ def test_weights_that_drift_stop_the_run(tmp_path: Path) -> None:
     assert result.rc not in (0, None) and not result.timed_out
     assert result.output.count("have drifted apart: 2.weight on rank(s) 1") == 1
     assert "Traceback" not in result.output
+
+
+def test_a_run_that_diverges_lets_its_helpers_go(tmp_path: Path) -> None:
+    words = ["-m", "hpc_kfac", "train", DIGITS, *QUICK, "--max_steps", "40", "--placement.helpers", "1"]
+    words += ["--optimizer.lr", "1e30", "--step_control", "none", "--max_skipped", "1", "--run_dir", str(tmp_path)]
+    result = run_mpi(words, 3, timeout=PROMPT)
+    assert result.rc == 1 and not result.timed_out
+    assert result.output.count("hpc-kfac: ") == 1 and "Traceback" not in result.output
