@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from mpi4py import MPI
 from torch import Tensor, nn
 
 import hpc_kfac as hk
@@ -68,6 +69,16 @@ def shard(step: int, rank: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     return x[index], y[index], index
 
 
+def average_gradients(model: nn.Module, comm: Any) -> None:
+    """`.grad` becomes the mean over ranks, zeros standing for a missing one; in one message."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    total = torch.cat([p.grad.flatten() for p in model.parameters()])
+    comm.Allreduce(MPI.IN_PLACE, total.numpy())
+    for p, part in zip(model.parameters(), total.split([p.numel() for p in model.parameters()]), strict=True):
+        p.grad.copy_(part.view_as(p) / comm.size)
+
+
 def train(
     comm: Any,
     method: hk.Method,
@@ -121,8 +132,7 @@ def train(
         if isinstance(optimizer, hk.OwnerOptimizer):
             optimizer.synchronize()
         elif trainers is not None:
-            for p in model.parameters():
-                p.grad.copy_(torch.from_numpy(trainers.allreduce(p.grad.numpy())) / ranks)
+            average_gradients(model, trainers)
         report = preconditioner.step(log=True)
         assert report.applied
         optimizer.step()

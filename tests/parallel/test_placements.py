@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hpc_kfac as hk
-from parallel.small_training import DOUBLE, METHODS, STEPS, AllKinds, shard, train
+from parallel.small_training import DOUBLE, METHODS, STEPS, AllKinds, average_gradients, shard, train
 
 RATES = hk.Rates(flops=1e9, latency=1e-6, bandwidth=1e9)  # some of the small net's units are below it, some above
 
@@ -75,9 +75,7 @@ def branched(comm, placement, schedule=None, precision=DOUBLE):
         x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + comm.rank))
         model.zero_grad()
         model(x, branch=step > 0 and comm.rank == comm.size - 1).square().mean().backward()
-        for p in model.parameters():
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            p.grad = torch.from_numpy(comm.allreduce(grad.numpy()) / comm.size)
+        average_gradients(model, comm)
         assert preconditioner.step().applied
         preconditioner._optimizer.step()
     return torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import hpc_kfac as hk
-from parallel.small_training import DOUBLE, METHODS, STEPS, train
+from parallel.small_training import DOUBLE, METHODS, STEPS, average_gradients, train
 
 # The exact Fisher gives Eva no mean output gradient, and the sample matrix more draws than rows.
 SOURCES = [
@@ -79,8 +79,7 @@ def test_beside_distributed_data_parallel(comm, process_group):
             optimizer.zero_grad()
             nn.functional.cross_entropy(forward(x), y).backward()
             if not wrapped:
-                for p in model.parameters():
-                    p.grad = torch.from_numpy(comm.allreduce(p.grad.numpy()) / comm.size)
+                average_gradients(model, comm)
             assert preconditioner.step().applied
             optimizer.step()
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
@@ -169,9 +168,7 @@ def test_a_layer_unused_on_some_ranks(comm, fraction):
     torch.manual_seed(comm.rank)
     x = torch.randn(6, 3, dtype=torch.float64)
     model(x, branch=comm.rank == 0).square().mean().backward()
-    for p in model.parameters():
-        grad = torch.zeros_like(p) if p.grad is None else p.grad
-        p.grad = torch.from_numpy(comm.allreduce(grad.numpy()) / comm.size)
+    average_gradients(model, comm)
     expected = preconditioner.capture.layers["branch"].gradient().clone()
     preconditioner.step()
     # Rank 0's own factors count, undiluted by the ranks that did not use the layer.
