@@ -62,7 +62,7 @@ def test_hang_is_killed_with_stacks(tmp_path):
         "test_after[2ranks]": "failure",
     }
     text = texts["test_hangs[2ranks]"]
-    assert "time was up (10 s)" in text
+    assert "time was up (6 s)" in text
     assert "in wait_for_a_message" in text, "the stack of the hanging rank"
     assert "rank 0 was in" in text and "rank 1 finished this test" in text
     assert "not reached" in texts["test_after[2ranks]"]

@@ -3,18 +3,18 @@
 import pytest
 
 
-@pytest.mark.ranks(2, timeout=10)
+@pytest.mark.ranks(2, timeout=6)
 def test_before(comm):
     comm.Barrier()
 
 
-@pytest.mark.ranks(2, timeout=10)
+@pytest.mark.ranks(2, timeout=6)
 def test_hangs(comm):
     if comm.rank == 0:
         wait_for_a_message(comm)
 
 
-@pytest.mark.ranks(2, timeout=10)
+@pytest.mark.ranks(2, timeout=6)
 def test_after(comm):
     comm.Barrier()
 
