@@ -88,18 +88,6 @@ class Structure(ABC):
     def right(self, matrix: Tensor, operator: Tensor, work: Workspace | None = None) -> Tensor:
         """matrix [p, n, d] @ operator, as `left`."""
 
-    def apply_left(self, matrix: Tensor, tensor: Tensor) -> Tensor:
-        """S @ matrix, matrix [p, d, n]."""
-        return self.left(tensor, matrix.to(tensor.dtype)).to(matrix.dtype)
-
-    def apply_right(self, matrix: Tensor, tensor: Tensor) -> Tensor:
-        """matrix @ S, matrix [p, n, d]."""
-        return self.right(matrix.to(tensor.dtype), tensor).to(matrix.dtype)
-
-    def rotate_left(self, matrix: Tensor, basis: Tensor | None) -> Tensor:
-        """Q^T @ matrix, matrix [p, d, n]."""
-        return matrix if basis is None else self.left(basis.mT, matrix.to(basis.dtype)).to(matrix.dtype)
-
     def rotate_right(self, matrix: Tensor, basis: Tensor | None) -> Tensor:
         """matrix @ Q, matrix [p, n, d]."""
         return matrix if basis is None else self.right(matrix.to(basis.dtype), basis).to(matrix.dtype)

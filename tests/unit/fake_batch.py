@@ -44,7 +44,7 @@ class FakeBatch:
     ) -> Tensor:
         result = torch.zeros(self.gradient().shape, dtype=self.x.dtype)
         for n in range(self.x.shape[1]):
-            rotated = output_structure.rotate_left(self.sample_gradients()[:, n], output_basis)
+            rotated = output_structure.rotate_right(self.sample_gradients()[:, n].mT, output_basis).mT
             result += input_structure.rotate_right(rotated, input_basis).square()
         return result / self.count
 
