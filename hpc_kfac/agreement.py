@@ -47,9 +47,10 @@ class Agreement:
     Args:
         model: for its gradients, which are all checked, those that are left to the optimizer too.
         layers: captured layers by name.
-        owner: layer name -> whether its products count on this rank.
+        owned: layer name -> whether its products count on this rank.
         comm: the ranks that agree.
         control: bounds the step.
+        dtype: of the products.
     """
 
     def __init__(
@@ -103,12 +104,9 @@ class Agreement:
         """
         products = dict(zip(self._layers, self._products.tolist(), strict=True))
         clip = self._control if isinstance(self._control, KLClip) else None
-        owned = [name for name in self._measured if self._owned[name]]
-        quadratic = sum(
-            (1.0 if clip is None else clip.weight(inputs.learning_rates[name])) * products[name][0]
-            for name in self._layers
-            if name in self._measured and self._owned[name]
-        )
+        owned = [name for name in self._layers if name in self._measured and self._owned[name]]
+        weights = [1.0 if clip is None else clip.weight(inputs.learning_rates[name]) for name in owned]
+        quadratic = sum(weight * products[name][0] for weight, name in zip(weights, owned, strict=True))
         finite = self._others_finite() and all(math.isfinite(products[name][0]) for name in self._measured)
         values = [quadratic if finite else 0.0, float(not finite), refreshed, float(failures), *inputs.scalars.values()]
         values += [0.0 if change is None else 1.0 + change for change in changes.values()]

@@ -182,7 +182,6 @@ class Exchange:
         return [work], finish
 
     def _broadcast(self, operation: Operation) -> tuple[list[Work], Finish]:
-        assert operation.root is not None
         message = Message(operation.slots, self._pool, self._device)
         sends = operation.root == self._rank
         if sends:
@@ -192,8 +191,7 @@ class Exchange:
                     message.view(slot).fill_(float(started))
                 else:
                     message.put(slot, self._states[slot.layer].view().get(slot.name))
-        comm = self._groups.of(operation.ranks)
-        work = comm.broadcast(message.buffer, list(operation.ranks).index(operation.root), "broadcast", operation.about)
+        work = self._from_root(operation, message)
 
         def finish() -> None:
             if not sends:
@@ -201,6 +199,11 @@ class Exchange:
             message.release()
 
         return [work], finish
+
+    def _from_root(self, operation: Operation, message: Message) -> Work:
+        assert operation.root is not None
+        root = operation.ranks.index(operation.root)
+        return self._groups.of(operation.ranks).broadcast(message.buffer, root, operation.kind, operation.about)
 
     def _receive(self, message: Message) -> None:
         flags = [slot for slot in message if slot.name.startswith(SOLVED)]
@@ -217,14 +220,12 @@ class Exchange:
                 state.refreshed[spec.part] = step
 
     def _share(self, operation: Operation) -> tuple[list[Work], Finish]:
-        assert operation.root is not None
         message = Message(operation.slots, self._pool, self._device)
         sends = operation.root == self._rank
         if sends:
             for slot in message:
                 message.put(slot, self._layers[slot.layer].gradient())
-        comm = self._groups.of(operation.ranks)
-        work = comm.broadcast(message.buffer, list(operation.ranks).index(operation.root), "share", operation.about)
+        work = self._from_root(operation, message)
 
         def finish() -> None:
             if not sends:

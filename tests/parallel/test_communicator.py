@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 
@@ -12,16 +10,6 @@ from hpc_kfac.distributed.communicator import SUMMABLE
 
 RANKS = (1, 2, 3, 4, 6)
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # relative, of one addition
-
-
-@pytest.fixture
-def process_group(comm):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = comm.bcast(server.getsockname()[1])
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=comm.rank, world_size=comm.size)
-    yield torch.distributed.group.WORLD
-    comm.Barrier()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(params=["mpi", "gloo"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
 
 import pytest
 import torch
@@ -36,16 +35,6 @@ def test_placements_agree_bitwise(comm, name):
     for fraction in (0.5, 0.25):
         weights, _ = train(comm, METHODS[name](), fraction=fraction)
         assert torch.equal(weights, reference), fraction
-
-
-@pytest.fixture
-def process_group(comm):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = comm.bcast(server.getsockname()[1])
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=comm.rank, world_size=comm.size)
-    yield torch.distributed.group.WORLD
-    comm.Barrier()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.ranks(2, 4)
