@@ -134,6 +134,7 @@ class Collector:
         for state in self._states.values():
             state.running.clear()
             state.weight = 0.0
+            state.local = False
 
     def _next_micro_batch(self) -> None:
         if self._fisher == "empirical":
@@ -169,6 +170,7 @@ class Collector:
         if count > 0:
             self._method.fold(state.running, fresh, old / new)
         state.weight = new
+        state.local = True
         self._folded.add(name)
 
     def _derive(

@@ -68,6 +68,8 @@ class Exchange:
         def finish() -> None:
             totals = _totals(message, message.slots)
             for slot in message:
+                if slot.name == WEIGHT + "refresh":
+                    self._states[slot.layer].local = False
                 total = totals.get(self._weight(slot), 0.0)
                 if total == 0:
                     continue
@@ -103,6 +105,7 @@ class Exchange:
                 elif not keeps_own:
                     state.running.pop(slot.name, None)
                     state.weight = 0.0
+                state.local &= keeps_own
             message.release()
 
         return works, finish
@@ -216,7 +219,10 @@ class Exchange:
             if step >= 0:
                 state = self._states[slot.layer]
                 target = state.running if spec.role == "running" else state.solved
-                target[slot.name] = message.get(slot, target.get(slot.name))
+                out = target.get(slot.name)
+                if out is not None and tuple(out.shape) != slot.shape:  # rows of another number of ranks
+                    out = None
+                target[slot.name] = message.get(slot, out)
                 state.refreshed[spec.part] = step
 
     def _share(self, operation: Operation) -> tuple[list[Work], Finish]:

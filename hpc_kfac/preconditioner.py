@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from hpc_kfac import saved_state
@@ -325,12 +326,7 @@ class Preconditioner:
     def state_dict(self) -> dict[str, Any]:
         """This rank's curvature state; tensors are references, as in torch."""
         return {
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "failures": self.failures,
-            "folds": self._collector.folds,
-            "schedule": self._times.state_dict(),
-            "damping": self.damping.state_dict(),
+            **self._counters(),
             "layers": saved_state.save(self.states),
             "pending": self._executor.solver.pending(),
         }
@@ -342,15 +338,73 @@ class Preconditioner:
             ValueError: the layers, their tensors or a tensor's shape are not this model's and method's. Nothing is
                 changed then.
         """
-        self.states.update(saved_state.restore(state["layers"], self._problem, self._device))
-        self.steps, self.skipped, self.failures = state["steps"], state["skipped"], state["failures"]
-        self._collector.folds = state["folds"]
-        self._times.load_state_dict(state["schedule"])
-        self._executor.solver.restore(state["pending"])
-        self.damping.load_state_dict(state["damping"])
-        self._start_step()
+        self._load(state, saved_state.restore(state["layers"], self._problem, self._device), state["pending"])
+
+    def share(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What all ranks have in common, and what this rank has to save for all: see `saved_state`. Collective.
+
+        Tensors are references; symmetric ones are marked as `linalg.packing.Symmetric`.
+        """
+        assignment = self.assignment
+        weights = torch.tensor([state.weight for state in self.states.values()], dtype=torch.float64)
+        if self._executor.groups.trainers.size > 1:
+            self._executor.groups.trainers.allreduce(weights, "checkpoint", "weights of running averages").wait()
+        common = {
+            "method": type(self.method).__name__,
+            "ranks": assignment.ranks,
+            "helpers": assignment.helpers,
+            "factors": assignment.factors,
+            "waiting": self.schedule.lag > 0,
+            "owner": dict(assignment.owner),
+            "weights": dict(zip(self.states, weights.tolist(), strict=True)),
+            **self._counters(),
+        }
+        return common, self._own_share()
+
+    def load_shares(self, common: Mapping[str, Any], of: Callable[[int], Mapping[str, Any]]) -> None:
+        """Restores what `share` gave on any number of ranks, with any placement.
+
+        Args:
+            common: what all ranks had in common.
+            of: gives the share of a rank, which is asked for only if it is needed here.
+
+        Raises:
+            ValueError: the method, the layers, their tensors or a tensor's shape are others. Nothing is changed then.
+        """
+        method = type(self.method).__name__
+        if common["method"] != method:
+            raise ValueError(f"the method was {common['method']} when this was saved, and now is {method}; use that")
+        names = ("ranks", "helpers", "factors", "owner", "weights", "waiting")
+        shares = saved_state.Shares(**{name: common[name] for name in names}, of=of)
+        rank, device = self._comm.rank, self._device
+        states = saved_state.take(shares, self._problem, rank, device)
+        self._load(common, states, saved_state.take_pending(shares, self._problem, rank, device))
 
     # Small helpers
+
+    def _counters(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "skipped_in_row": self._skipped_in_row,
+            "failures": self.failures,
+            "folds": self._collector.folds,
+            "schedule": self._times.state_dict(),
+            "damping": self.damping.state_dict(),
+        }
+
+    def _own_share(self) -> dict[str, Any]:
+        return saved_state.share(self.states, self._executor.solver.pending(), self._problem, self._comm.rank)
+
+    def _load(self, counters: Mapping[str, Any], states: Mapping[str, LayerState], pending: Mapping[Any, Any]) -> None:
+        self.states.update(states)
+        self.steps, self.skipped, self.failures = counters["steps"], counters["skipped"], counters["failures"]
+        self._skipped_in_row = counters["skipped_in_row"]
+        self._collector.folds = counters["folds"]
+        self._times.load_state_dict(counters["schedule"])
+        self._executor.solver.restore(pending)
+        self.damping.load_state_dict(counters["damping"])
+        self._start_step()
 
     def _start_step(self) -> None:
         self._due = self._due_at(self.steps)

@@ -1,14 +1,28 @@
-"""Layer states as plain dictionaries of tensors and numbers, and back."""
+"""Curvature as plain dictionaries of tensors and numbers, and back: all of a rank's, or each rank's share of the whole.
+
+A share is what a rank alone can or should write: everything of the layers that it owns, its own running averages where
+the ranks' differ, and decompositions that are not in use yet. From all shares any number of ranks can go on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from hpc_kfac.distributed import Unit
+from hpc_kfac.linalg.packing import Symmetric
+from hpc_kfac.methods.method import State, StateSpec
 from hpc_kfac.step_plan import Problem
 from hpc_kfac.step_report import LayerState
+
+Pending = Mapping[Unit, tuple[int, State | None]]
+
+
+# One rank's own state
 
 
 def save(states: Mapping[str, LayerState]) -> dict[str, Any]:
@@ -16,6 +30,7 @@ def save(states: Mapping[str, LayerState]) -> dict[str, Any]:
     return {
         name: {
             "weight": state.weight,
+            "local": state.local,
             "refreshed": dict(state.refreshed),
             "running": dict(state.running),
             "solved": dict(state.solved),
@@ -31,39 +46,209 @@ def restore(saved: Mapping[str, Any], problem: Problem, device: torch.device) ->
     Raises:
         ValueError: the layers, their tensors or a tensor's shape are not the problem's.
     """
-    if set(saved) != set(problem.shapes):
-        names = ", ".join(sorted(set(saved) ^ set(problem.shapes))[:5])
-        raise ValueError(f"the saved layers differ from the model's: {names}; load into the same model")
+    _check_names(saved, problem)
     for name in saved:
-        _check(name, saved[name], problem)
-
-    def own(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {key: tensor.detach().clone().to(device) for key, tensor in tensors.items()}
-
+        for role in ("running", "solved"):
+            for key, tensor in saved[name][role].items():
+                _check(name, key, role, tensor, problem)
     return {
         name: LayerState(
-            running=own(layer["running"]),
-            solved=own(layer["solved"]),
+            running=_own(layer["running"], device),
+            solved=_own(layer["solved"], device),
             weight=layer["weight"],
             refreshed=dict(layer["refreshed"]),
-            remembered=own(layer["remembered"]),
+            remembered=_own(layer["remembered"], device),
+            local=layer["local"],
         )
         for name, layer in saved.items()
     }
 
 
-def _check(name: str, saved: Mapping[str, Any], problem: Problem) -> None:
-    specs = {spec.name: spec for spec in problem.specs[name]}
-    for role in ("running", "solved"):
-        for key, tensor in saved[role].items():
-            if key not in specs:
-                raise ValueError(
-                    f"{name}.{key} is not part of {type(problem.method).__name__}, which keeps {', '.join(specs)}; "
-                    "load into the same method"
-                )
-            needed = specs[key].shape if role == "running" else specs[key].full_shape(problem.assignment.trainers)
-            if tuple(tensor.shape) != needed:
-                raise ValueError(
-                    f"{name}.{key} has shape {tuple(tensor.shape)}, this model and method need {needed}; "
-                    "load into the same model, method and rank count"
-                )
+# Shares
+
+
+def share(states: Mapping[str, LayerState], pending: Pending, problem: Problem, rank: int) -> dict[str, Any]:
+    """What this rank has to write; tensors are references, symmetric ones are marked as such."""
+    layers = {}
+    if rank in problem.trainers:
+        layers = {name: _layer_share(name, state, problem, rank) for name, state in states.items()}
+    waiting = {}
+    for number, ((layer, part), (step, result)) in enumerate(pending.items()):
+        found = {key: _marked(problem, layer, key, tensor) for key, tensor in (result or {}).items()}
+        waiting[str(number)] = {
+            "layer": layer, "part": part, "step": step, "failed": result is None, "result": found,
+        }  # fmt: skip
+    return {"layers": layers, "pending": waiting}
+
+
+def _layer_share(name: str, state: LayerState, problem: Problem, rank: int) -> dict[str, Any]:
+    owns = problem.assignment.owner[name] == rank
+
+    def marked(tensors: State) -> dict[str, Tensor | Symmetric]:
+        return {key: _marked(problem, name, key, tensor) for key, tensor in tensors.items()}
+
+    differing = [spec.name for spec in problem.specs[name] if problem.differs(spec, state)]
+    running = {key: tensor for key, tensor in state.running.items() if owns or key in differing}
+    entry: dict[str, Any] = {"weight": state.weight, "local": state.local, "running": marked(running)}
+    if owns:
+        entry |= {"solved": marked(state.solved), "remembered": marked(state.remembered)}
+        entry["refreshed"] = dict(state.refreshed)
+    return entry
+
+
+def _marked(problem: Problem, layer: str, name: str, tensor: Tensor) -> Tensor | Symmetric:
+    spec = problem.spec.get((layer, name))
+    square = tensor.dim() >= 2 and tensor.shape[-1] == tensor.shape[-2]
+    return Symmetric(tensor) if spec is not None and spec.symmetric and square else tensor
+
+
+@dataclass(frozen=True)
+class Shares:
+    """All ranks' shares as they were saved.
+
+    Attributes:
+        ranks: how many ranks saved, helpers included.
+        helpers: how many of these only helped.
+        factors: where averaged factors were, as in `Kaisa`.
+        owner: layer -> rank that owned it.
+        weights: layer -> sum over ranks of the loss terms that the running averages stand for.
+        waiting: some decomposition may have been under way.
+        of: the share of a rank, read when it is asked for.
+    """
+
+    ranks: int
+    helpers: int
+    factors: str
+    owner: Mapping[str, int]
+    weights: Mapping[str, float]
+    waiting: bool
+    of: Callable[[int], Mapping[str, Any]]
+
+    @property
+    def trainers(self) -> range:
+        return range(self.ranks - self.helpers)
+
+    def fits(self, problem: Problem) -> bool:
+        """Whether each rank can simply go on with its own."""
+        now = problem.assignment
+        return (self.ranks, self.helpers, self.factors) == (now.ranks, now.helpers, now.factors)
+
+
+def take(shares: Shares, problem: Problem, rank: int, device: torch.device) -> dict[str, LayerState]:
+    """This rank's states out of all shares.
+
+    With the same ranks and the same home of the factors every rank gets its own running averages back, bit by bit.
+    Else they are averaged, weighted by the loss terms that they stand for. Rows that ranks have gathered are left out
+    then: the next statistics bring new ones.
+
+    Raises:
+        ValueError: the layers, their tensors or a tensor's shape are not the problem's.
+    """
+    _check_names(shares.owner, problem)
+    if rank not in problem.trainers:
+        return {name: LayerState() for name in problem.shapes}
+    return {name: _take_layer(name, shares, problem, rank, device) for name in problem.shapes}
+
+
+def _take_layer(name: str, shares: Shares, problem: Problem, rank: int, device: torch.device) -> LayerState:
+    owned = shares.of(shares.owner[name])["layers"][name]
+    own = shares.of(rank)["layers"][name] if shares.fits(problem) else None
+    owns = problem.assignment.owner[name] == rank
+    state = LayerState(weight=_weight(name, shares, problem, owns))
+    if own is not None and shares.owner[name] == problem.assignment.owner[name]:
+        state.weight = own["weight"]
+    if own is not None:
+        state.local = own["local"]
+    solved, running = {}, {}
+    for spec in problem.specs[name]:
+        here = problem.holds(rank, name, spec)
+        if spec.name in owned["solved"] and (here or spec.reduce == "gather"):
+            solved[spec.name] = owned["solved"][spec.name]
+        if spec.role == "running" and here:
+            found = _running(name, spec, shares, own)
+            if found is not None:
+                running[spec.name] = found
+    for role, tensors in (("running", running), ("solved", solved)):
+        for key, tensor in tensors.items():
+            _check(name, key, role, tensor, problem)
+    state.running, state.solved = _own(running, device), _own(solved, device)
+    if solved:
+        state.refreshed = dict(owned["refreshed"])
+    if owns:
+        state.remembered = _own(owned["remembered"], device)
+    return state
+
+
+def _running(name: str, spec: StateSpec, shares: Shares, own: Mapping[str, Any] | None) -> Tensor | None:
+    if own is not None and spec.name in own["running"]:
+        return own["running"][spec.name]
+    owned = shares.of(shares.owner[name])["layers"][name]
+    if spec.reduce == "gather":
+        return None
+    averaged = spec.reduce == "mean" and spec.reduce_at == "refresh"
+    if not (averaged and owned["local"] and shares.factors == "all"):
+        return owned["running"].get(spec.name)
+    parts = [shares.of(rank)["layers"][name] for rank in shares.trainers]
+    weighted = [(p["weight"], p["running"][spec.name]) for p in parts if spec.name in p["running"]]
+    total = sum(weight for weight, _ in weighted)
+    if total == 0:
+        return owned["running"].get(spec.name)
+    return sum((weight / total) * tensor for weight, tensor in weighted)
+
+
+def _weight(name: str, shares: Shares, problem: Problem, owns: bool) -> float:
+    """The loss terms that this rank's running averages stand for, when the ranks or the factors' home have changed."""
+    total = shares.weights[name] * (len(shares.trainers) if shares.factors == "local" else 1)
+    if problem.assignment.factors == "all":
+        return total / problem.assignment.trainers
+    if not owns:
+        return 0.0
+    return total if problem.assignment.factors == "owner" else total / problem.assignment.trainers
+
+
+def take_pending(shares: Shares, problem: Problem, rank: int, device: torch.device) -> dict[Unit, Any]:
+    """Decompositions that are to come into use, for the rank that is to bring them."""
+    if not shares.waiting:
+        return {}
+    order = list(range(shares.ranks))
+    if shares.fits(problem):
+        order = [rank, *(other for other in order if other != rank)]
+    found: dict[Unit, Any] = {}
+    for source in order:
+        for entry in shares.of(source)["pending"].values():
+            unit = entry["layer"], entry["part"]
+            if rank in problem.assignment.solvers[unit] and unit not in found:
+                result = None if entry["failed"] else _own(entry["result"], device)
+                found[unit] = entry["step"], result
+    return found
+
+
+# Checks
+
+
+def _own(tensors: Mapping[str, Tensor], device: torch.device) -> State:
+    return {key: tensor.detach().clone().to(device) for key, tensor in tensors.items()}
+
+
+def _check_names(saved: Mapping[str, Any], problem: Problem) -> None:
+    if set(saved) != set(problem.shapes):
+        names = ", ".join(sorted(set(saved) ^ set(problem.shapes))[:5])
+        raise ValueError(f"the saved layers differ from the model's: {names}; load into the same model")
+
+
+def _check(layer: str, key: str, role: str, tensor: Tensor, problem: Problem) -> None:
+    spec = problem.spec.get((layer, key))
+    if spec is None:
+        names = ", ".join(spec.name for spec in problem.specs[layer])
+        raise ValueError(
+            f"{layer}.{key} is not part of {type(problem.method).__name__}, which keeps {names}; "
+            "load into the same method"
+        )
+    needed, found = spec.shape, tuple(tensor.shape)
+    if role == "solved":  # rows of any number of ranks
+        ranks = max(1, *(found[axis] // needed[axis] for axis in spec.rank_axes)) if spec.rank_axes else 1
+        needed = spec.full_shape(ranks)
+    if found != needed:
+        raise ValueError(
+            f"{layer}.{key} has shape {found}, this model and method need {needed}; load into the same model and method"
+        )

@@ -19,6 +19,7 @@ from hpc_kfac.distributed.placement import Assignment, Unit
 from hpc_kfac.layers.batch import LayerShape
 from hpc_kfac.methods.method import Method, StateSpec
 from hpc_kfac.precision import Precision
+from hpc_kfac.step_report import LayerState
 
 Kind = Literal[
     "fold", "reduce", "scaled", "scatter", "gather", "refresh", "launch", "collect", "broadcast", "precondition",
@@ -187,6 +188,12 @@ class Problem:
         if self.assignment.factors == "local":
             return self.assignment.works_on(rank, layer)
         return spec.lives == "all" or self.assignment.works_on(rank, layer)
+
+    def differs(self, spec: StateSpec, state: LayerState) -> bool:
+        """Whether each rank has a value of its own in this running tensor, as things stand."""
+        if spec.reduce == "mean" and spec.reduce_at == "refresh":
+            return self.assignment.factors == "all" and self.assignment.ranks > 1 and state.local
+        return spec.reduce == "gather"
 
     def _to_owner(self, spec: StateSpec) -> bool:
         """Whether the running average exists on the owner alone."""

@@ -82,6 +82,7 @@ class LayerState:
         weight: loss terms that this rank's share of the running averages stands for.
         refreshed: by part, the step in which the decomposition in use began.
         remembered: what an adaptive schedule compares the next factors with.
+        local: statistics were folded since the running averages were last reduced.
     """
 
     running: State = field(default_factory=dict)
@@ -89,6 +90,7 @@ class LayerState:
     weight: float = 0.0
     refreshed: dict[str, int] = field(default_factory=dict)
     remembered: State = field(default_factory=dict)
+    local: bool = False
 
     def view(self) -> State:
         """What a method sees: gathered tensors hide this rank's own part."""

@@ -16,6 +16,7 @@ from hpc_kfac.layers.patch_free_plan import patch_free_is_cheaper
 from hpc_kfac.layers.positions import Part, PositionBatch
 from hpc_kfac.linalg.spatial import SpatiallyUncorrelated
 from hpc_kfac.linalg.structure import Dense, Diagonal, Structure
+from hpc_kfac.linalg.symmetric import mirror_
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -165,7 +166,7 @@ class ConvBatch(PositionBatch):
             return self.gram(x.permute(1, 0, 3, 2).flatten(1, 2), Dense())
         # A product for each sample spares a transposed copy, as long as it is not much larger than the sample itself.
         x = x.flatten(0, 1)
-        return torch.bmm(x, x.mT).to(self.dtype).unflatten(0, (-1, p)).sum(0)
+        return mirror_(torch.bmm(x, x.mT).to(self.dtype).unflatten(0, (-1, p)).sum(0))
 
     def _uncorrelated(self, part: Part) -> Tensor:
         """Sum over positions of the channel moment, averaged over kernel positions [p, C, C]."""

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpc_kfac.layers.patch_free_plan import Plan, Sides, Sizes, phase_shape, plan
+from hpc_kfac.linalg.symmetric import mirror_
 
 # Bytes of a spectrum, and the least number of samples that is worth the additions of its moment.
 CHUNK, SAMPLES = 1 << 21, 32
@@ -103,6 +104,7 @@ def patch_free_moment(
         rows.addmm_(weights, _border_products(ring, left, right).flatten(1))
     rows = torch.cat((rows, rows.view(-1, channels, channels).mT.flatten(1)))[tables.places]
     moment = rows.T.contiguous().view(channels, channels, positions, positions)
+    mirror_(moment.diagonal(dim1=2, dim2=3).movedim(-1, 0))
     return moment.transpose(1, 2).reshape(channels * positions, -1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -10,6 +11,13 @@ from torch import Tensor
 # Above this size a CPU copies row by row: index tensors would take more memory than the matrix and gain little.
 _LARGEST_INDEXED = 3072
 _MIRROR_TILE = 256
+
+
+@dataclass(frozen=True)
+class Symmetric:
+    """Marks symmetric matrices [..., d, d], of which a triangle says it all."""
+
+    matrix: Tensor
 
 
 def packed_size(d: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ PIECE = 512
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Sum of r r^T over the rows [p, n, d]: [p, d, d], exactly symmetric between panels.
+    """Sum of r r^T over the rows [p, n, d]: [p, d, d], exactly symmetric, so that a triangle says it all.
 
     Only the panels on and right of the diagonal are multiplied. 16-bit rows are multiplied as they are and accumulated
     in float32; the sum of every ``PIECE`` rows is rounded to 16 bits once, and their total is kept in float32.
@@ -31,7 +33,19 @@ def gram(rows: Tensor) -> Tensor:
         else:
             torch.bmm(left.mT, right, out=target)
         result[:, stop:, start:stop] = result[:, start:stop, stop:].mT
+        mirror_(result[:, start:stop, start:stop])
     return result
+
+
+def mirror_(matrix: Tensor) -> Tensor:
+    """Makes [..., d, d] that are symmetric but for rounding exactly so, by their upper triangles, in place."""
+    return matrix.copy_(torch.where(_below(matrix.shape[-1], matrix.device), matrix.mT, matrix))
+
+
+@lru_cache(maxsize=64)
+def _below(d: int, device: torch.device) -> Tensor:
+    """Where a d x d matrix is below its diagonal."""
+    return torch.ones(d, d, dtype=torch.bool, device=device).tril(-1)
 
 
 def _half_product(left: Tensor, right: Tensor) -> Tensor:
