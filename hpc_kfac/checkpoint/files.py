@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_PIECE = 4 << 20  # small enough to be in the cache still when it is hashed
-_BUFFER = 1 << 20
+_PIECE = 4 << 20  # large enough to be fast, small enough to hash what was just copied
+_WAITING = 4
+_BUFFER = 1 << 18
 
 
 class BrokenCheckpoint(RuntimeError):
@@ -30,12 +31,16 @@ class FileRecord:
 
 
 class _Hash(threading.Thread):
-    """Hashes pieces in a second thread, while the first one writes or reads."""
+    """Hashes pieces in a second thread, while the first one writes or reads.
 
-    def __init__(self) -> None:
+    Args:
+        waiting: how many pieces may wait; 0 for any number, so that a fast disk does not wait for the hash.
+    """
+
+    def __init__(self, waiting: int = 0) -> None:
         super().__init__(daemon=True, name="sha256")
         self._digest = hashlib.sha256()
-        self._pieces: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
+        self._pieces: queue.Queue[memoryview | None] = queue.Queue(waiting)
         self.start()
 
     def run(self) -> None:
@@ -105,10 +110,11 @@ def check_file(folder: Path, record: FileRecord) -> None:
     """
     with open_plain(folder, record.name) as file:
         _check_size(file, record)
-        rooms = [memoryview(bytearray(_PIECE)) for _ in range(6)]  # as many as are in the queue, hashed and read into
+        # Those that wait, one that is hashed, and one that is read into.
+        rooms = [memoryview(bytearray(min(_PIECE, record.size))) for _ in range(_WAITING + 2)]
         whole, rest = divmod(record.size, _PIECE)
         pieces = (rooms[i % len(rooms)][: _PIECE if i < whole else rest] for i in range(whole + (rest > 0)))
-        _check_digest(file, record, pieces)
+        _check_digest(file, record, pieces, _WAITING)
 
 
 @contextlib.contextmanager
@@ -147,8 +153,8 @@ def _check_size(file: int, record: FileRecord) -> None:
         raise BrokenCheckpoint(f"has {size} bytes instead of {record.size}")
 
 
-def _check_digest(file: int, record: FileRecord, pieces: Iterable[memoryview]) -> None:
-    hashing = _Hash()
+def _check_digest(file: int, record: FileRecord, pieces: Iterable[memoryview], waiting: int = 0) -> None:
+    hashing = _Hash(waiting)
     try:
         for piece in pieces:
             _fill(file, piece)
