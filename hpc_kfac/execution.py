@@ -18,6 +18,7 @@ from hpc_kfac.agreement import Agreed, Agreement
 from hpc_kfac.distributed.buffers import BufferPool
 from hpc_kfac.distributed.communicator import Communicator, Work
 from hpc_kfac.distributed.groups import Groups
+from hpc_kfac.distributed.messages import decode, encode
 from hpc_kfac.exchange import Exchange, Finish
 from hpc_kfac.layers import CapturedLayer
 from hpc_kfac.linalg.workspace import Workspace
@@ -45,7 +46,7 @@ PHASES = {
 }
 """Which entry of the timings an operation counts for."""
 
-WORK, STOP, FAILED = 1.0, 0.0, -1.0
+WORK, STOP, FAILED, SAVE = 1.0, 0.0, -1.0, 2.0
 """Orders to helper ranks."""
 
 EARLY = ("reduce", "scatter")
@@ -188,8 +189,12 @@ class Executor:
                 self._run(operation)
         return self._agreed
 
-    def serve(self, plan_of: Callable[[Due], tuple[Operation, ...]]) -> bool:
+    def serve(self, plan_of: Callable[[Due], tuple[Operation, ...]], save: Callable[[int], str]) -> bool:
         """On a helper rank: runs its part of every step in which something is to be decomposed, until `close`.
+
+        Args:
+            plan_of: the plan of what is due.
+            save: writes this rank's part of a checkpoint of a step and tells of it.
 
         Returns:
             False if the trainers have failed.
@@ -201,6 +206,9 @@ class Executor:
             while not work.done():  # for as long as the trainers need, so it is no stall
                 time.sleep(1e-3)
             command, number, damping, *flags = orders.tolist()
+            if command == SAVE:
+                self._tell_trainers(save(int(number)))
+                continue
             if command != WORK:
                 return command == STOP
             starting, landing = flags[: len(names)], flags[len(names) :]
@@ -219,6 +227,30 @@ class Executor:
         self._inputs = StepInputs(0, 0.0, {}, {}, False, lambda: None)
         self._due = Due()
         self._order_helpers(FAILED if failed else STOP)
+
+    def order_save(self, step: int) -> Callable[[], list[str]]:
+        """On all trainers: has the helpers save. Calling the result waits for what they tell of it."""
+        if not self.groups.helpers:
+            return lambda: []
+        self._inputs, self._due = StepInputs(step, 0.0, {}, {}, False, lambda: None), Due()
+        self._order_helpers(SAVE)
+        answers = []
+        for comm in self.groups.helpers:
+            data = encode("")
+            answers.append((data, comm.broadcast(data, comm.size - 1, "control", "checkpoints of helpers")))
+
+        def wait() -> list[str]:
+            for _, work in answers:
+                work.wait()
+            return [decode(data) for data, _ in answers]
+
+        return wait
+
+    def _tell_trainers(self, text: str) -> None:
+        joint = self.groups.helpers[0]
+        work = joint.broadcast(encode(text), joint.size - 1, "control", "checkpoints of helpers")
+        while not work.done():
+            time.sleep(1e-3)
 
     def _order_helpers(self, command: float) -> None:
         if not self.groups.helpers:

@@ -90,6 +90,11 @@ class OwnerOptimizer:
         self._begin()
 
     @property
+    def rank(self) -> int:
+        """This process."""
+        return self._comm.rank
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 

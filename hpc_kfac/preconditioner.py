@@ -142,9 +142,7 @@ class Preconditioner:
             self.timeline,
         )
         self._plans: dict[tuple[Due, int], tuple[Operation, ...]] = {}
-        self._ratio = ReductionRatio(
-            model, self.capture.layers, self.states, self._problem, self._executor.groups.trainers
-        )
+        self._ratio = ReductionRatio(model, self.capture.layers, self.states, self._problem, self.trainers)
         if self.assignment.factors == "local":
             here = {name for name in self.states if self._problem.collects(self._comm.rank, name)}
             self.capture.only = frozenset(here)
@@ -211,7 +209,7 @@ class Preconditioner:
             WeightsDiffer: the ranks' weights have drifted apart; on all ranks alike.
         """
         if self._check_weights_every and self.steps % self._check_weights_every == 0 and self._comm.size > 1:
-            check_weights(dict(self._model.named_parameters()), self._executor.groups.trainers, self.steps)
+            check_weights(dict(self._model.named_parameters()), self.trainers, self.steps)
         inputs = StepInputs(
             self.steps, self.damping.at(self.steps), self._learning_rates(), scalars or {}, log, self._collector.fold
         )
@@ -292,6 +290,11 @@ class Preconditioner:
         """All ranks."""
         return self._comm
 
+    @property
+    def trainers(self) -> Communicator:
+        """All ranks but the helpers."""
+        return self._executor.groups.trainers
+
     def update_at_owners(self) -> None:
         """From now on only a layer's owner gets its preconditioned gradient, as `OwnerOptimizer` wants it."""
         self._problem = replace(self._problem, share=False)
@@ -299,13 +302,20 @@ class Preconditioner:
         self._plans.clear()
         self._start_step()
 
-    def serve(self) -> bool:
+    def serve(self, save: Callable[[int, dict[str, Any]], str] = lambda step, share: "") -> bool:
         """What a helper rank does instead of training: decomposes for the trainers until they `close`.
+
+        Args:
+            save: writes this rank's share of a checkpoint of a step, and returns what the trainers are to know of it.
 
         Returns:
             False if they have failed.
         """
-        return self._executor.serve(lambda due: self._plan(due, 0))
+        return self._executor.serve(lambda due: self._plan(due, 0), lambda step: save(step, self._own_share()))
+
+    def order_save(self, step: int) -> Callable[[], list[str]]:
+        """Has the helper ranks save; on all trainers. Calling the result waits for what they tell of it."""
+        return self._executor.order_save(step)
 
     def close(self, failed: bool = False) -> None:
         """Lets the helper ranks go and ends the watchdog; call it on all trainers after the last step."""
@@ -347,8 +357,8 @@ class Preconditioner:
         """
         assignment = self.assignment
         weights = torch.tensor([state.weight for state in self.states.values()], dtype=torch.float64)
-        if self._executor.groups.trainers.size > 1:
-            self._executor.groups.trainers.allreduce(weights, "checkpoint", "weights of running averages").wait()
+        if self.trainers.size > 1:
+            self.trainers.allreduce(weights, "checkpoint", "weights of running averages").wait()
         common = {
             "method": type(self.method).__name__,
             "ranks": assignment.ranks,

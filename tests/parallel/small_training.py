@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 import hpc_kfac as hk
+from hpc_kfac import checkpoint
 
 DOUBLE = hk.Precision(torch.float64, torch.float64, torch.float64)
 BATCH, STEPS = 37, 4  # no rank count divides it, and every factor has full rank, without which eigenbases are arbitrary
@@ -93,12 +95,16 @@ def train(
     precision: hk.Precision = DOUBLE,
     owners_update: bool = False,
     net: Callable[[], nn.Module] = Net,
+    load_from: Path | None = None,
+    save_to: Path | None = None,
 ) -> tuple[Tensor | None, hk.Preconditioner]:
     """Weights after some steps, None on a helper rank, and the preconditioner.
 
     Args:
         comm: an mpi4py communicator; None for one process that sees the whole batch.
         carrier: carries factors and inverses instead of comm.
+        load_from: a checkpoint to go on from.
+        save_to: gets a checkpoint after the last step.
     """
     torch.manual_seed(0)
     model = net().double()
@@ -118,10 +124,12 @@ def train(
     rank, ranks = (comm.rank, preconditioner.assignment.trainers) if comm is not None else (0, 1)
     trainers = comm.Split(int(rank >= ranks)) if comm is not None else None
     if rank >= ranks:
-        preconditioner.serve()
+        checkpoint.serve(preconditioner, save_to or Path(), load_from)
         return None, preconditioner
     optimizer = hk.OwnerOptimizer(sgd, model, preconditioner, accumulation) if owners_update else sgd
-    for step in range(steps):
+    parts = {"model": model, "optimizer": optimizer, "preconditioner": preconditioner}
+    first = checkpoint.load(load_from, **parts)[0] if load_from is not None else 0
+    for step in range(first, steps):
         optimizer.zero_grad()
         x, y, index = shard(step, rank, ranks)
         for part in torch.arange(len(x)).chunk(accumulation):
@@ -136,5 +144,7 @@ def train(
         report = preconditioner.step(log=True)
         assert report.applied
         optimizer.step()
+    if save_to is not None:
+        checkpoint.save(save_to, steps, **parts)
     preconditioner.close()
     return torch.cat([p.detach().flatten() for p in model.parameters()]), preconditioner
