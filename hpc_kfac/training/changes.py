@@ -9,7 +9,7 @@ import yaml
 
 SILENT = {
     "resume", "init_from", "name", "run_dir", "progress", "dry_run", "time_limit", "tensorboard", "trace_steps",
-    "log_every", "threads", "workers", "stall_seconds",
+    "log_every", "threads", "workers", "stall_seconds", "checkpoint",
 }  # fmt: skip
 """Settings that do not concern what is trained."""
 CONTRADICTORY = {"seed", "global_batch", "weight_sharing", "skip", "freeze", "task", "optimizer", "method"}
