@@ -41,4 +41,16 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 set -a
 . env/launch.env
 set +a
-exec mpirun -n "$ranks" python -m mpi4py -m hpc_kfac train "$run" "$@"
+
+# At a TERM mpirun ends its ranks before they can save. It passes USR2 on to them, which has them save and stop.
+mpirun -n "$ranks" python -m mpi4py -m hpc_kfac train "$run" "$@" &
+job=$!
+told=''
+trap 'told=yes; kill -USR2 "$job" 2>/dev/null || true' TERM
+while :; do
+    status=0
+    wait "$job" || status=$?
+    # A signal ends the wait, too.
+    if [ -z "$told" ] || [ "$status" -le 128 ]; then exit "$status"; fi
+    told=''
+done
