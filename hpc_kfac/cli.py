@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from hpc_kfac.stack import check_threads
 from hpc_kfac.training.launch import InputError, Ranks, alone, end, join
@@ -15,6 +17,8 @@ HELP = """usage: hpc-kfac COMMAND ...
   train [RUN.yaml] [--key value ...]   train a model; under mpirun, on all ranks. 'hpc-kfac train --help' lists the
                                        settings, --print_config prints them resolved, --dry-run trains nothing
   pack FOLDER OUT                      pack folders of JPEG files (train/CLASS/*.jpg, val/CLASS/*.jpg) into HDF5
+  checkpoint list|show|verify|diff|prune|export PATH ...
+                                       looks into checkpoints; 'hpc-kfac checkpoint --help' tells more
   info                                 what is installed: versions, MPI, Horovod, GPUs, cores
 """
 
@@ -50,6 +54,55 @@ def pack(arguments: list[str], ranks: Ranks) -> None:
                 print(f"wrote {path}")
 
 
+def checkpoint(arguments: list[str], ranks: Ranks) -> None:
+    """Looks into checkpoints."""
+    if ranks.size > 1:
+        raise InputError(f"checkpoint is for one process, and these are {ranks.size}; call it without mpirun")
+    from hpc_kfac.checkpoint import BrokenCheckpoint, inspect
+
+    given = _checkpoint_words(arguments)
+    good = True
+    try:
+        if given.action == "list":
+            text = inspect.listing(given.path, given.full)
+        elif given.action == "show":
+            text = inspect.description(given.path, not given.quick)
+        elif given.action == "verify":
+            text, good = inspect.verification(given.path)
+        elif given.action == "diff":
+            text, good = inspect.difference(given.path, given.other)
+        elif given.action == "prune":
+            text = inspect.pruning(given.path, given.keep, given.dry_run)
+        else:
+            text = inspect.export(given.path, given.out)
+    except (BrokenCheckpoint, OSError, ValueError, ImportError) as error:
+        raise InputError(str(error)) from error
+    print(text)
+    if not good:
+        sys.exit(1)
+
+
+def _checkpoint_words(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("hpc-kfac checkpoint", description="Looks into checkpoints.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        added = actions.add_parser(name, help=text, description=text)
+        added.add_argument("path", type=Path, help="a checkpoint; or a run, or a folder of checkpoints: the newest")
+        return added
+
+    action("list", "a table of the checkpoints").add_argument("--full", action="store_true", help="read all, and check")
+    show = action("show", "facts, and the curvature layer by layer")
+    show.add_argument("--quick", action="store_true", help="without condition numbers")
+    action("verify", "check all files of every checkpoint; status 1 if one is broken")
+    action("diff", "what differs between two; status 1 if anything does").add_argument("other", type=Path)
+    prune = action("prune", "remove all but the newest and the best")
+    prune.add_argument("--keep", type=int, required=True, help="how many of the newest stay; 2 do in any case")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    action("export", "write the weights as OUT.safetensors or OUT.pt").add_argument("out", type=Path)
+    return parser.parse_args(arguments)
+
+
 def info(arguments: list[str], ranks: Ranks) -> None:
     """Describes the stack."""
     from hpc_kfac import stack
@@ -58,7 +111,12 @@ def info(arguments: list[str], ranks: Ranks) -> None:
         print(stack.report())
 
 
-COMMANDS: dict[str, Callable[[list[str], Ranks], None]] = {"train": train, "pack": pack, "info": info}
+COMMANDS: dict[str, Callable[[list[str], Ranks], None]] = {
+    "train": train,
+    "pack": pack,
+    "checkpoint": checkpoint,
+    "info": info,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

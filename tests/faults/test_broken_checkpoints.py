@@ -368,12 +368,12 @@ FUZZ = """
 
 
 def test_damaged_metadata_with_a_valid_checksum_does_no_harm(path: Path, tmp_path: Path) -> None:
-    """A flip in a tensor is then a value like any other; anything else is refused without crash, hang or much memory."""
+    """A flip in a tensor is then a value like any other; the rest is refused without crash, hang or much memory."""
     generator = random.Random(4)
     intact = (path / "rank-00000.h5").read_bytes()
     folder = tmp_path / "fuzzed"
     folder.mkdir()
-    for trial in range(600):
+    for trial in range(400):
         changed = bytearray(intact)
         for _ in range(generator.choice((1, 1, 3))):
             changed[generator.randrange(len(intact))] = generator.choice((0, 1, 0x7F, 0xFF, generator.randrange(256)))
@@ -382,7 +382,7 @@ def test_damaged_metadata_with_a_valid_checksum_does_no_harm(path: Path, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"after {done.stdout[-20:]}: status {done.returncode}, {done.stderr}"
     parsed, refused = map(int, done.stdout.split()[-2:])
-    assert parsed + refused == 600 and refused > 100
+    assert parsed + refused == 400 and refused > 100
     for name in generator.sample(sorted(entry.name for entry in folder.iterdir()), 8):
         put(path, "rank-00000.h5", (folder / name).read_bytes())
         try:
