@@ -16,6 +16,8 @@ HELP = """usage: hpc-kfac COMMAND ...
 
   train [RUN.yaml] [--key value ...]   train a model; under mpirun, on all ranks. 'hpc-kfac train --help' lists the
                                        settings, --print_config prints them resolved, --dry-run trains nothing
+  evaluate CHECKPOINT [--key value ...]
+                                       test figures of a checkpoint, or of a run's newest one
   pack FOLDER OUT                      pack folders of JPEG files (train/CLASS/*.jpg, val/CLASS/*.jpg) into HDF5
   checkpoint list|show|verify|diff|prune|export PATH ...
                                        looks into checkpoints; 'hpc-kfac checkpoint --help' tells more
@@ -27,7 +29,8 @@ def train(arguments: list[str], ranks: Ranks) -> None:
     """Trains."""
     from hpc_kfac.training import config
 
-    arguments = ["--dry_run=true" if word == "--dry-run" else word for word in arguments]
+    arguments = [_underscored(word) for word in arguments]
+    arguments = ["--dry_run=true" if word == "--dry_run" else word for word in arguments]
     with _only_first_speaks(ranks), ranks.agreed():
         settings = config.parse(arguments)
     if settings.run.dry_run:
@@ -40,6 +43,14 @@ def train(arguments: list[str], ranks: Ranks) -> None:
     from hpc_kfac.training.run import run
 
     run(settings, ranks)
+
+
+def evaluate(arguments: list[str], ranks: Ranks) -> None:
+    """Evaluates a checkpoint."""
+    from hpc_kfac.training.weights import evaluate_checkpoint
+
+    with _only_first_speaks(ranks):
+        print(evaluate_checkpoint([_underscored(word) for word in arguments], ranks))
 
 
 def pack(arguments: list[str], ranks: Ranks) -> None:
@@ -113,6 +124,7 @@ def info(arguments: list[str], ranks: Ranks) -> None:
 
 COMMANDS: dict[str, Callable[[list[str], Ranks], None]] = {
     "train": train,
+    "evaluate": evaluate,
     "pack": pack,
     "checkpoint": checkpoint,
     "info": info,
@@ -145,6 +157,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         end(error, ranks)
     return 0
+
+
+def _underscored(word: str) -> str:
+    """An option with underscores, as the settings have them, for one with hyphens."""
+    option, equals, value = word.partition("=")
+    return (option.replace("-", "_").replace("__", "--", 1) if word.startswith("--") else option) + equals + value
 
 
 @contextlib.contextmanager

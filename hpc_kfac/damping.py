@@ -23,6 +23,10 @@ class Damping:
         """The damping of a step."""
         return self.current
 
+    def raise_by(self, factor: float) -> None:
+        """More damping from here on, after steps that went wrong."""
+        self.current *= factor
+
     def state_dict(self) -> dict[str, float]:
         """What a restart needs."""
         return {"current": self.current}
@@ -43,19 +47,31 @@ class ScheduledDamping(Damping):
         if not points:
             raise ValueError("damping points are empty; give at least one, as in {0: 0.03}")
         self.points = {int(step): positive("damping", points[step]) for step in sorted(points)}
+        self.raised = 1.0
         super().__init__(next(iter(self.points.values())))
+
+    def raise_by(self, factor: float) -> None:
+        self.raised *= factor
+
+    def state_dict(self) -> dict[str, float]:
+        return {"current": self.current, "raised": self.raised}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        super().load_state_dict(state)
+        self.raised = float(state.get("raised", 1.0))
 
     def at(self, step: int) -> float:
         before = [s for s in self.points if s <= step]
         after = [s for s in self.points if s > step]
         if not before:
-            self.current = self.points[after[0]]
+            found = self.points[after[0]]
         elif not after:
-            self.current = self.points[before[-1]]
+            found = self.points[before[-1]]
         else:
             start, end = before[-1], after[0]
             share = (step - start) / (end - start)
-            self.current = math.exp((1 - share) * math.log(self.points[start]) + share * math.log(self.points[end]))
+            found = math.exp((1 - share) * math.log(self.points[start]) + share * math.log(self.points[end]))
+        self.current = self.raised * found
         return self.current
 
 

@@ -256,6 +256,10 @@ class Preconditioner:
         if self._ratio.due and isinstance(self.damping, LevenbergMarquardt):
             self.damping.adjust(self._ratio.measure(evaluate() - loss, self.damping.current))
 
+    def raise_damping(self, factor: float) -> None:
+        """More damping from here on, for a run whose steps went wrong."""
+        self.damping.raise_by(factor)
+
     def summary(self) -> str:
         """What is captured and what is left out, in words."""
         return self.capture.summary()
@@ -349,6 +353,16 @@ class Preconditioner:
                 changed then.
         """
         self._load(state, saved_state.restore(state["layers"], self._problem, self._device), state["pending"])
+
+    @property
+    def reduced(self) -> bool:
+        """No rank has running averages of its own, so that owners alone have something to save; equal on all ranks."""
+        return not any(
+            self._problem.differs(spec, self.states[name])
+            for name, specs in self._problem.specs.items()
+            for spec in specs
+            if spec.reduce == "mean"
+        )
 
     def share(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What all ranks have in common, and what this rank has to save for all: see `saved_state`. Collective.

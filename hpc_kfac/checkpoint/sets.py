@@ -134,8 +134,13 @@ def prune(folder: Path, keep_last: int, keep_best: bool, keep_every: int | None)
     """
     removed = superfluous(folder, keep_last, keep_best, keep_every)
     for path in removed:
-        leftover = folder / f".{path.name}.removed"  # at once, so that no half of a set is taken for one
-        shutil.rmtree(leftover, ignore_errors=True)
-        path.rename(leftover)
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(path)
     return removed
+
+
+def remove(path: Path) -> None:
+    """Removes a set at once, so that no half of it is taken for one."""
+    leftover = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(leftover, ignore_errors=True)
+    path.rename(leftover)
+    shutil.rmtree(leftover, ignore_errors=True)

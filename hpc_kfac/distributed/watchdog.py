@@ -18,6 +18,7 @@ from hpc_kfac.distributed.monitor import Answer, Monitor, Posting
 
 ASK, ANSWER = 1, 2  # tags of messages
 SHOWN = 8  # ranks that a message names, at most
+LASTING = 0.2  # seconds; a launcher leaves ranks half a second between SIGTERM and SIGKILL
 
 
 _ALIVE: weakref.WeakSet[Watchdog] = weakref.WeakSet()
@@ -170,11 +171,17 @@ class Watchdog:
         return f"hpc_kfac: rank {rank} of {size} on {self._hosts[rank]} has waited {seconds:.1f} s for {posting}"
 
     def _last_words(self) -> None:
-        wait, now = self._monitor.oldest_wait(), time.monotonic()
+        dies = self._takes_sigterm and signal.getsignal(signal.SIGTERM) is _die
+        wait = self._monitor.oldest_wait()
+        if not dies:  # whoever handles the signal may be about to go on: only a wait that lasts is worth a word
+            time.sleep(LASTING)
+            before, wait = wait, self._monitor.oldest_wait()
+            wait = wait if before is not None and wait == before else None
+        now = time.monotonic()
         # Of the first two ranks at least one is alive to say it. A stall that another rank found is told by that.
         if wait is not None and self._comm.rank < 2 and now >= self._told_until:
-            self._say(f"{self._waited(wait[0], now - wait[1])} when it was ended (SIGTERM)")
-        if self._takes_sigterm and signal.getsignal(signal.SIGTERM) is _die:
+            self._say(f"{self._waited(wait[0], now - wait[1])} when SIGTERM came")
+        if dies:
             os._exit(128 + signal.SIGTERM)  # the main thread may be held in a call for long
 
 

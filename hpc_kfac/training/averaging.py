@@ -35,6 +35,11 @@ class Averaging(Protocol):
     forward: Callable[[Tensor], Tensor]
     optimizer: Optimizer
 
+    @property
+    def saved(self) -> Optimizer | OwnerOptimizer:
+        """The optimizer as checkpoints want it."""
+        ...
+
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         """Surrounds the forward and backward pass of one micro-batch; only the last one may be reduced."""
         ...
@@ -69,6 +74,10 @@ class _Plain:
         self.forward: Callable[[Tensor], Tensor] = model
         self.optimizer = optimizer
         self._model = model
+
+    @property
+    def saved(self) -> Optimizer | OwnerOptimizer:
+        return self.optimizer
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -106,6 +115,10 @@ class OwnerAveraging(_Plain):
             ValueError: its placement has more than one grad worker a layer.
         """
         self._owners = OwnerOptimizer(self.optimizer, self._model, preconditioner, passes)
+
+    @property
+    def saved(self) -> Optimizer | OwnerOptimizer:
+        return self._made()
 
     def _made(self) -> OwnerOptimizer:
         assert self._owners is not None, "own() comes first"

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
 import hpc_kfac as hk
+from hpc_kfac.checkpoint import Checkpointing
 from hpc_kfac.training.launch import InputError
 from hpc_kfac.training.optimizers import OPTIMIZERS, SCHEDULES
 from hpc_kfac.training.tasks import TASKS
@@ -58,6 +59,19 @@ class RunSettings:
         evaluate_every: epochs between two evaluations; the end of the run always has one.
         tensorboard: also write TensorBoard files.
         run_dir: folder that gets the run folder.
+        resume: never starts a new run in a folder of its own (name and time); auto goes on in the folder `name` from
+            its newest checkpoint that is in order, or starts there; a path (a run folder, or a checkpoint in one)
+            starts a new run from that state.
+        time_limit: how long the job may take from here on, such as 4h or 1:30:00; before that the run is saved and
+            stopped, with exit status 75. null asks the scheduler, if there is one.
+        time_margin: seconds before the time limit at which the run stops; three times what a checkpoint takes, if that
+            is longer.
+        blow_up: a loss above what it was at the start and this many times the lowest so far, both smoothed over steps,
+            sends the run back to the last good checkpoint with half the learning rate and four times the damping;
+            null only where the loss is not finite.
+        max_rollbacks: how often that may happen.
+        init_from: a checkpoint, run folder, .safetensors or torch file to take the first weights from.
+        freeze: name patterns of modules and parameters that keep their weights.
         progress: a bar, or plain lines; auto draws the bar on a terminal.
         dry_run: print settings, layers and memory, and train nothing.
     """
@@ -87,6 +101,13 @@ class RunSettings:
     evaluate_every: int = 1
     tensorboard: bool = False
     run_dir: str = "logs"
+    resume: str = "never"
+    time_limit: str | None = None
+    time_margin: float = 60.0
+    blow_up: float | None = 10.0
+    max_rollbacks: int = 2
+    init_from: str | None = None
+    freeze: list[str] = field(default_factory=list)
     progress: Literal["auto", "bar", "lines"] = "auto"
     dry_run: bool = False
 
@@ -101,6 +122,7 @@ class RunSettings:
             "max_skipped",
             "check_weights_every",
             "stall_seconds",
+            "blow_up",
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -163,6 +185,7 @@ KINDS = {
         {"none": None, "kl_clip": hk.KLClip, "trust_region": hk.TrustRegion, "fixed_norm": hk.FixedNorm}, "kl_clip"
     ),
     "precision": Kind({"dtypes": hk.Precision}, "dtypes"),
+    "checkpoint": Kind({"none": None, "hdf5": Checkpointing}, "hdf5"),
 }
 
 
@@ -209,7 +232,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     except (ArgumentError, ValueError, TypeError) as error:
         raise InputError(f"{error}\n  'hpc-kfac train --help' lists the settings with their types.") from error
     parts = {key: Component(key, names[key], makers[key], _settings(values.get(key))) for key in KINDS}
-    return Settings(run, parts, parser.dump(parsed))
+    return Settings(run, parts, parser.dump(parsed, skip_unset=False))
 
 
 def _settings(values: Namespace | None) -> dict[str, Any]:

@@ -22,16 +22,24 @@ class Console:
         self._draws = progress == "bar" or (progress == "auto" and _terminal())
         self._bar: Any = None
 
-    def start(self, steps: int) -> None:
-        """Begins a run of so many steps."""
+    def start(self, steps: int, done: int = 0) -> None:
+        """Begins a run of so many steps, of which some are done."""
         self._steps = steps
         if self._speaks and self._draws:
-            self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True, mininterval=0.2, smoothing=0.05)
+            self._bar = tqdm(
+                total=steps, initial=done, unit="step", dynamic_ncols=True, mininterval=0.2, smoothing=0.05
+            )
 
     def advance(self) -> None:
         """One step is done."""
         if self._bar is not None:
             self._bar.update()
+
+    def go_back(self, step: int) -> None:
+        """The steps from this one on are to be done again."""
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.refresh()
 
     def row(self, row: dict[str, Any]) -> None:
         """Shows the main figures of a row of metrics."""

@@ -23,6 +23,7 @@ class FirstOrder:
     """
 
     damping_due = False
+    reduced = True
 
     def __init__(self, model: nn.Module, ranks: Ranks, max_skipped: int = 10) -> None:
         self._model, self._ranks, self._max_skipped = model, ranks, max_skipped
@@ -49,6 +50,27 @@ class FirstOrder:
         return StepReport(applied, 1.0, 0.0, False, 0, 0, 0, totals, {})
 
     def adapt_damping(self, evaluate: Callable[[], float], loss: float) -> None:
+        """There is no damping."""
+
+    def share(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a checkpoint holds of it."""
+        return {"method": "none", "skipped_in_row": self._skipped_in_row}, {}
+
+    def load_shares(self, common: Mapping[str, Any], of: Callable[[int], Mapping[str, Any]]) -> None:
+        """Restores `share`.
+
+        Raises:
+            ValueError: it was a method's.
+        """
+        if common["method"] != "none":
+            raise ValueError(f"the method was {common['method']} when this was saved, and now is none; use that")
+        self._skipped_in_row = common["skipped_in_row"]
+
+    def order_save(self, step: int) -> Callable[[], list[str]]:
+        """There are no helpers."""
+        return list
+
+    def raise_damping(self, factor: float) -> None:
         """There is no damping."""
 
     def close(self, failed: bool = False) -> None:

@@ -28,7 +28,17 @@ class RunStopped(RuntimeError):
     """The run cannot go on; the message says at which step, and what was good last."""
 
 
-EXPECTED = (InputError, DataError, stack.LaunchError, RunStopped)
+class LossBlewUp(RunStopped):
+    """The run is worse than when it began; it may go on from an earlier checkpoint."""
+
+
+class RunInterrupted(RuntimeError):
+    """The run was asked to stop, and can go on later."""
+
+
+EXPECTED = (InputError, DataError, stack.LaunchError, RunStopped, RunInterrupted)
+INTERRUPTED = 75
+"""Exit status of a run that wants to be started again: EX_TEMPFAIL of sysexits.h."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
@@ -180,7 +190,8 @@ def end(error: BaseException, ranks: Ranks) -> NoReturn:
 
     An expected error is one message; anything else is this rank's traceback.
     """
-    code = 2 if isinstance(error, EXPECTED) and not isinstance(error, RunStopped) else 1
+    code = 1 if isinstance(error, RunStopped) or not isinstance(error, EXPECTED) else 2
+    code = INTERRUPTED if isinstance(error, RunInterrupted) else code
     if isinstance(error, EXPECTED) and _all_arrived(ranks):
         if ranks.rank == 0:
             _say(f"hpc-kfac: {error}")

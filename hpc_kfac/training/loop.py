@@ -14,15 +14,21 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hpc_kfac import StepReport, TrainingDiverged, WeightsDiffer
+from hpc_kfac.checkpoint import Saved
 from hpc_kfac.keyed_random import keyed
 from hpc_kfac.training.console import Console
 from hpc_kfac.training.evaluation import evaluate, totals
-from hpc_kfac.training.launch import RunStopped
+from hpc_kfac.training.launch import LossBlewUp, RunStopped
 from hpc_kfac.training.loader import Batch
 from hpc_kfac.training.measure import Clock, Interval, Strength, Sums, phases_over_ranks
 from hpc_kfac.training.optimizers import set_learning_rate
+from hpc_kfac.training.progress import Progress
 from hpc_kfac.training.run_folder import RunFolder
+from hpc_kfac.training.saving import Saver
 from hpc_kfac.training.setup import Setup
+
+SMALLER_STEP, MORE_DAMPING = 0.5, 4.0
+"""What a run whose loss blew up goes on with, times what it had."""
 
 
 @dataclass
@@ -49,10 +55,14 @@ class Loop:
         setup: the parts of the run.
         folder: gets the metrics.
         console: shows them.
+        saver: writes checkpoints, and knows when the run is to stop early; None for neither.
+
+    Attributes:
+        progress: how far the training has come.
     """
 
-    def __init__(self, setup: Setup, folder: RunFolder, console: Console) -> None:
-        self.setup, self.folder, self.console = setup, folder, console
+    def __init__(self, setup: Setup, folder: RunFolder, console: Console, saver: Saver | None = None) -> None:
+        self.setup, self.folder, self.console, self.saver = setup, folder, console, saver
         self.run_settings = setup.settings.run
         self.loss = setup.task.loss
         self.optimizer = setup.averaging.optimizer
@@ -61,41 +71,111 @@ class Loop:
         self.autocast = torch.autocast(setup.device.type, dtype=dtype, enabled=dtype is not None)
         self.scaler = torch.amp.GradScaler(setup.device.type, enabled=dtype is torch.float16)
         self.clock, self.strength, self.interval = Clock(setup.preconditioner.timeline), Strength(), Interval()
-        self.step = 0
-        self.seconds = 0.0
+        self.progress = Progress()
         self.last_good = "no step yet"
-        self.figures: dict[str, float] = {}
+
+    def restore(self, saved: Saved) -> None:
+        """Goes on from a checkpoint. Collective.
+
+        Raises:
+            InputError: it is another model's, optimizer's or method's, or damaged.
+        """
+        assert self.saver is not None
+        self.progress = self.saver.restore(saved)
+        if self.progress.scaler:
+            self.scaler.load_state_dict(self.progress.scaler)
+        self.interval = Interval(self.progress.seconds)
+        self.interval.load_state_dict(self.progress.interval)
+        self.strength = Strength(self.progress.strength)
+        self.last_good = f"step {saved.step}"
 
     def run(self) -> Result:
         """Trains to the end. Collective.
 
         Raises:
             RunStopped: the loss is not finite, or too many steps in a row were not.
+            RunInterrupted: the run was asked to stop, and has been saved.
         """
-        self.console.start(self.setup.length.steps)
+        self.console.start(self.setup.length.steps, self.progress.step)
         self.setup.preconditioner.timeline.recording = self.run_settings.trace_steps > 0
         self.setup.model.train()
-        epoch = 0
-        while self.step < self.setup.length.steps and self._epoch(epoch):
-            epoch += 1
-            if epoch % self.run_settings.evaluate_every == 0 and self.step < self.setup.length.steps:
-                self._evaluate(epoch)
-        self._evaluate(epoch)
-        return Result(self.step, self.seconds, self.figures, self.strength.warning)
+        while True:
+            try:
+                self._train()
+                break
+            except LossBlewUp as error:
+                self._go_back(error)
+        self._evaluate(last=True)
+        progress = self.progress
+        return Result(progress.step, progress.seconds, progress.figures, self.strength.warning)
 
-    def _epoch(self, epoch: int) -> bool:
-        """One pass over the training set; False if the run is to end early."""
-        start = time.perf_counter() - self.seconds
-        for batch in self._timed(self.setup.train.batches(epoch)):
+    def _train(self) -> None:
+        """All epochs that are left."""
+        progress, steps = self.progress, self.setup.length.steps
+        while progress.step < steps or progress.batch == len(self.setup.train):
+            if progress.step < steps and not self._epoch():
+                return
+            if progress.batch == len(self.setup.train):
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+                if progress.epoch % self.run_settings.evaluate_every == 0 and progress.step < steps:
+                    self._evaluate()
+
+    def _epoch(self) -> bool:
+        """The rest of a pass over the training set; False if the run is to end early."""
+        progress = self.progress
+        start = time.perf_counter() - progress.seconds
+        for batch in self._timed(self.setup.train.batches(progress.epoch, progress.batch)):
             report = self._step(batch)
-            self.seconds = time.perf_counter() - start
+            progress.batch += 1
+            progress.seconds = time.perf_counter() - start
             self._record(report, batch)
             self.console.advance()
+            self._check_loss()
+            if self.saver is not None:
+                self._note_state()
+                self.saver.after_step(report.scalars, progress)
             if report.scalars["stop"]:
                 return False
-            if self.step == self.setup.length.steps:
+            if progress.step == self.setup.length.steps:
                 break
         return True
+
+    def _note_state(self) -> None:
+        """Has the progress hold all that a checkpoint needs of the loop."""
+        self.progress.interval = self.interval.state_dict()
+        self.progress.strength = self.strength.lowest
+        self.progress.scaler = self.scaler.state_dict()
+
+    def _check_loss(self) -> None:
+        progress = self.progress
+        if progress.blown_up(self.run_settings.blow_up):
+            raise LossBlewUp(
+                f"step {progress.step}: the loss has blown up to {progress.loss:.4g}, from {progress.lowest_loss:.4g}."
+                f" {self._state} Use a smaller learning rate or KL clip, or more damping."
+            )
+
+    def _go_back(self, error: LossBlewUp) -> None:
+        """Goes on from the last good checkpoint, more carefully, if that was not done too often. Collective."""
+        rollbacks = self.progress.rollbacks + 1
+        if self.saver is None or rollbacks > self.run_settings.max_rollbacks:
+            raise error
+        saved = self.saver.last_healthy()
+        if saved is None:
+            raise error
+        step = self.progress.step
+        self.setup.averaging.skip()
+        self.restore(saved)
+        progress = self.progress
+        progress.rollbacks, progress.lr_scale = rollbacks, progress.lr_scale * SMALLER_STEP
+        self.setup.preconditioner.raise_damping(MORE_DAMPING)
+        self.folder.write({"kind": "rollback", "step": step, "to_step": progress.step, "number": rollbacks})
+        self.console.go_back(progress.step)
+        self.console.say(
+            f"Warning: {error}\nBack to step {progress.step} with {progress.lr_scale:g} times the learning rate and"
+            f" {MORE_DAMPING:g} times the damping ({rollbacks} of {self.run_settings.max_rollbacks} such returns)."
+        )
+        self._note_state()
+        self.saver.save(progress)
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
@@ -107,13 +187,14 @@ class Loop:
 
     def _step(self, batch: Batch) -> StepReport:
         """One optimisation step."""
-        set_learning_rate(self.optimizer, self.setup.learning_rate(self.step))
+        progress = self.progress
+        set_learning_rate(self.optimizer, progress.lr_scale * self.setup.learning_rate(progress.step))
         self.optimizer.zero_grad()
         parts = self._micro_batches(batch)
         sums = Sums()
         for part in parts:
             with (
-                keyed(self.run_settings.seed, self.step, part.indices),
+                keyed(self.run_settings.seed, progress.step, part.indices),
                 self.setup.averaging.micro_batch(last=part is parts[-1]),
             ):
                 self._forward_backward(part, sums, last=part is parts[-1])
@@ -122,8 +203,9 @@ class Loop:
         report = self._precondition(sums)
         self._update(report)
         self._adapt_damping(parts, sums)
-        self.step += 1
-        if self.step == self.run_settings.trace_steps:
+        progress.step += 1
+        progress.note_loss(self._mean_loss(report))
+        if progress.step == self.run_settings.trace_steps:
             self._write_trace()
         return report
 
@@ -177,17 +259,18 @@ class Loop:
             nn.utils.clip_grads_with_norm_(self.parameters, self.run_settings.clip_gradient, norm)
 
     def _precondition(self, sums: Sums) -> StepReport:
-        over = self.run_settings.max_seconds is not None and self.seconds > self.run_settings.max_seconds
-        scalars = {**sums, "stop": float(over)}
+        step, longest = self.progress.step, self.run_settings.max_seconds
+        over = longest is not None and self.progress.seconds > longest
+        scalars = {**sums, "stop": float(over), **(self.saver.scalars() if self.saver is not None else {})}
         try:
-            report = self.setup.preconditioner.step(scalars, log=self._logged(self.step + 1))
+            report = self.setup.preconditioner.step(scalars, log=self._logged(step + 1))
         except TrainingDiverged as error:
-            raise RunStopped(f"step {self.step}: {error}. {self._state}") from error
+            raise LossBlewUp(f"step {step}: {error}. {self._state}") from error
         except WeightsDiffer as error:
             raise RunStopped(f"{error}. {self._state}") from error
         if not math.isfinite(report.scalars["objective"]):
-            raise RunStopped(
-                f"step {self.step}: the loss is {report.scalars['objective']}. {self._state}"
+            raise LossBlewUp(
+                f"step {step}: the loss is {report.scalars['objective']}. {self._state}"
                 " Use a smaller learning rate or KL clip, or more damping."
             )
         return report
@@ -196,7 +279,7 @@ class Loop:
         with self.clock.phase("update"):
             if report.applied:
                 self.setup.averaging.update(lambda: self.scaler.step(self.optimizer))
-                self.last_good = f"step {self.step} with a training loss of {self._mean_loss(report):.4g}"
+                self.last_good = f"step {self.progress.step} with a training loss of {self._mean_loss(report):.4g}"
             else:
                 self.setup.averaging.skip()
             self.scaler.update()
@@ -214,7 +297,7 @@ class Loop:
             for part in parts:
                 if len(part.indices) == 0:
                     continue
-                with keyed(self.run_settings.seed, self.step, part.indices), self.autocast:
+                with keyed(self.run_settings.seed, self.progress.step, part.indices), self.autocast:
                     outputs = self.setup.model(part.inputs)
                     count = self.loss.terms(outputs, part.targets)
                     total += float(self.loss(outputs, part.targets)) * count
@@ -232,7 +315,7 @@ class Loop:
 
     def _record(self, report: StepReport, batch: Batch) -> None:
         self.interval.add(report, batch.global_size)
-        if not (self._logged(self.step) or report.scalars["stop"]):
+        if not (self._logged(self.progress.step) or report.scalars["stop"]):
             return
         seconds = self.clock.take()
         for name, value in self.setup.preconditioner.timings.items():
@@ -240,40 +323,58 @@ class Loop:
         self.setup.preconditioner.timings.clear()
         row: dict[str, Any] = {
             "kind": "train",
-            "step": self.step,
+            "step": self.progress.step,
             "epoch": batch.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
-            **self.interval.row(self.seconds),
+            **self.interval.row(self.progress.seconds),
             **self.strength.row(report),
             "staleness": report.staleness,
             "phases": phases_over_ranks(seconds, self.setup.ranks),
         }
         self.folder.write(row)
         self.console.row(row)
-        self.interval = Interval(self.seconds)
+        self.interval = Interval(self.progress.seconds)
 
-    def _evaluate(self, epoch: int) -> None:
-        setup = self.setup
+    def _evaluate(self, last: bool = False) -> None:
+        """Evaluates, and saves the best so far, and the last."""
+        setup, progress = self.setup, self.progress
+        epoch = progress.epoch + (progress.batch > 0)  # one that was begun counts
         start = time.perf_counter()
-        self.figures = evaluate(setup.model, setup.test, self.loss, setup.ranks, setup.device, self.autocast)
+        progress.figures = evaluate(setup.model, setup.test, self.loss, setup.ranks, setup.device, self.autocast)
         row = {
             "kind": "evaluation",
-            "step": self.step,
+            "step": progress.step,
             "epoch": epoch,
-            **self.figures,
-            "train_seconds": self.seconds,
+            **progress.figures,
+            "train_seconds": progress.seconds,
             "evaluation_seconds": time.perf_counter() - start,
         }
         self.folder.write(row)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
-        self.console.say(f"epoch {epoch}: {shown} after {self.seconds:.1f} s of training")
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in progress.figures.items())
+        self.console.say(f"epoch {epoch}: {shown} after {progress.seconds:.1f} s of training")
+        self._save_evaluated(last)
+
+    def _save_evaluated(self, last: bool) -> None:
+        progress, metric = self.progress, self.setup.task.metric
+        value = progress.figures.get(f"test_{metric}", math.nan)
+        score = value if metric == "accuracy" else -value
+        best = not math.isnan(score) and (progress.best_score is None or score > progress.best_score)
+        if best:
+            progress.best_score = score
+        if self.saver is None:
+            return
+        self._note_state()
+        if last:
+            self.saver.end(progress, score)
+        elif best and self.saver.keeps_best:
+            self.saver.save(progress, score)
 
     def _mean_loss(self, report: StepReport) -> float:
         return report.scalars["objective"] / max(1.0, report.scalars["terms"])
 
     @property
     def _state(self) -> str:
-        evaluated = "".join(f", {name} {value:.4g}" for name, value in self.figures.items())
+        evaluated = "".join(f", {name} {value:.4g}" for name, value in self.progress.figures.items())
         return f"The last good state was {self.last_good}{evaluated}; see {self.folder.path}."
 
 

@@ -84,6 +84,9 @@ def figures(sums: Mapping[str, float], prefix: str) -> dict[str, float]:
     return found
 
 
+COUNTS = ("steps", "skipped", "failures", "samples")
+
+
 class Interval:
     """What happened since the last row of metrics.
 
@@ -104,6 +107,17 @@ class Interval:
         self.failures += report.failures
         self.sums.add(report.scalars)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        counts = {name: getattr(self, name) for name in ("started", *COUNTS)}
+        return counts | {"sums": dict(self.sums)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`."""
+        for name in ("started", *COUNTS):
+            setattr(self, name, state.get(name, getattr(self, name)))
+        self.sums.add(state.get("sums", {}))
+
     def row(self, now: float) -> dict[str, Any]:
         """Figures of the interval, which ends after `now` seconds of training."""
         elapsed = now - self.started
@@ -118,21 +132,26 @@ class Interval:
 
 
 class Strength:
-    """How strongly the layers are preconditioned, over the run."""
+    """How strongly the layers are preconditioned, over the run.
 
-    def __init__(self) -> None:
-        self._medians: list[float] = []
+    Args:
+        lowest: median cosine between preconditioned and raw gradients so far.
+    """
+
+    def __init__(self, lowest: float | None = None) -> None:
+        self.lowest = lowest
 
     def row(self, report: StepReport) -> dict[str, Any]:
         """Cosine between preconditioned and raw gradient, and share of curvature above the damping, by layer."""
         if not report.layers:
             return {}
         cosine = {name: layer.cosine for name, layer in report.layers.items()}
-        self._medians.append(statistics.median(cosine.values()))
+        median = statistics.median(cosine.values())
+        self.lowest = median if self.lowest is None else min(self.lowest, median)
         return {
             "kl_scale": report.kl_scale,
             "damping": report.damping,
-            "cosine": self._medians[-1],
+            "cosine": median,
             "layer_cosine": cosine,
             "layer_curvature_share": {name: layer.curvature_share for name, layer in report.layers.items()},
         }
@@ -140,9 +159,9 @@ class Strength:
     @property
     def warning(self) -> str | None:
         """A sentence if the preconditioner did nothing all along."""
-        if not self._medians or min(self._medians) <= NO_OP_COSINE:
+        if self.lowest is None or self.lowest <= NO_OP_COSINE:
             return None
         return (
             f"Warning: no-op. The median cosine between preconditioned and raw gradient was never below"
-            f" {min(self._medians):.3f}: the damping hides the curvature. Use a smaller damping."
+            f" {self.lowest:.3f}: the damping hides the curvature. Use a smaller damping."
         )

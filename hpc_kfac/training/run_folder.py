@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import socket
 import subprocess
@@ -17,6 +18,9 @@ import torch
 from hpc_kfac import stack
 from hpc_kfac.training.config import Settings
 from hpc_kfac.training.launch import Ranks
+
+DONE = "done.json"
+"""Is there when the training is complete."""
 
 
 class RunFolder:
@@ -46,6 +50,18 @@ class RunFolder:
                 if isinstance(value, float | int) and name not in ("step", "epoch"):
                     self._board.add_scalar(name, value, row["step"])
 
+    def metrics(self) -> str:
+        """All rows so far; none on other ranks than 0."""
+        if self._metrics is None:
+            return ""
+        self._metrics.flush()
+        return (self.path / "metrics.jsonl").read_text()
+
+    def mark_done(self, facts: dict[str, Any]) -> None:
+        """Leaves word that the training is complete."""
+        if self._metrics is not None:
+            replace_file(self.path / DONE, json.dumps(_finite(facts), indent=2) + "\n")
+
     def close(self) -> None:
         """Closes the files."""
         for file in (self._metrics, self._board):
@@ -53,23 +69,69 @@ class RunFolder:
                 file.close()
 
 
-def create_run_folder(settings: Settings, ranks: Ranks, device: torch.device) -> RunFolder:
-    """Makes the folder, with settings.yaml and run.json, on rank 0. Collective.
+def create_run_folder(settings: Settings, ranks: Ranks, path: Path | None = None) -> Path:
+    """Makes a run's folder on rank 0: a new one, or the given one, which may be there. Collective.
 
     Raises:
         InputError: it cannot be written.
     """
-    hosts = ranks.gather(socket.gethostname())
-    devices = ranks.gather(str(device))
-    path = Path()
     with ranks.agreed():
         if ranks.rank == 0:
-            path = _new_folder(Path(settings.run.run_dir), settings.name)
-            (path / "settings.yaml").write_text(settings.resolved)
-            facts = describe(settings, ranks) | {"hosts": hosts, "devices": devices}
-            (path / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
-    path = ranks.broadcast(path)
+            if path is None:
+                path = _new_folder(Path(settings.run.run_dir), settings.name)
+            else:
+                _make(path)
+    return ranks.broadcast(path)
+
+
+def open_run_folder(
+    path: Path, settings: Settings, ranks: Ranks, device: torch.device, metrics: str = "", step: int = 0
+) -> RunFolder:
+    """Writes settings.yaml and run.json, and puts metrics.jsonl where the run starts. Collective.
+
+    Args:
+        path: of the folder.
+        settings: of the run.
+        ranks: all that train.
+        device: of this rank.
+        metrics: rows up to the checkpoint that the run goes on from.
+        step: of that.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    hosts = ranks.gather(socket.gethostname())
+    devices = ranks.gather(str(device))
+    with ranks.agreed():
+        if ranks.rank == 0:
+            facts = describe(settings, ranks) | {"hosts": hosts, "devices": devices, "from_step": step}
+            replace_file(path / "settings.yaml", settings.resolved)
+            replace_file(path / "run.json", json.dumps(_with_earlier(path / "run.json", facts), indent=2) + "\n")
+            replace_file(path / "metrics.jsonl", metrics)
     return RunFolder(path, ranks.rank == 0, settings.run.tensorboard)
+
+
+def _with_earlier(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of the run's first start, with those of later ones under "restarts"."""
+    try:
+        first = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return facts
+    return first | {"restarts": [*first.get("restarts", []), facts]}
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a text file at once or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.new")
+    with open(aside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
 
 
 def describe(settings: Settings, ranks: Ranks) -> dict[str, Any]:
@@ -100,9 +162,20 @@ def _new_folder(parent: Path, name: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise OSError(f"run folder {path}: {error.strerror}; set run_dir to a folder you may write to") from error
+            raise _refused(path, error) from error
         return path
     raise OSError(f"run folder {parent / stamp} exists a thousand times; set name or run_dir")
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> OSError:
+    return OSError(f"run folder {path}: {error.strerror}; set run_dir to a folder you may write to")
 
 
 def _git() -> dict[str, Any] | None:

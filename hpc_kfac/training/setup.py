@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +20,7 @@ from hpc_kfac.training.loader import Loader
 from hpc_kfac.training.optimizers import LearningRate, RunLength
 from hpc_kfac.training.sampler import ShardedSampler
 from hpc_kfac.training.tasks import Task
+from hpc_kfac.training.weights import freeze, load_weights
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Setup:
         test: this rank's part of the test set.
         length: of the run.
         learning_rate: step -> factor.
+        notes: what the user should know of the first weights.
     """
 
     settings: Settings
@@ -48,6 +53,7 @@ class Setup:
     test: Loader
     length: RunLength
     learning_rate: LearningRate
+    notes: list[str] = field(default_factory=list)
 
 
 def build(settings: Settings, ranks: Ranks, everyone: Ranks | None = None) -> Setup:
@@ -64,11 +70,14 @@ def build(settings: Settings, ranks: Ranks, everyone: Ranks | None = None) -> Se
     run, parts = settings.run, settings.parts
     device = choose_device(run.device, ranks)
     set_threads(run.threads, ranks)
-    torch.manual_seed(run.seed)  # the same on every rank: what depends on the sample is keyed instead
+    _seed(run.seed)
     with ranks.agreed():
         task: Task = parts["task"](seed=run.seed)
         train, test = _loaders(settings, task, ranks)
     length = _length(settings, train, ranks)
+    notes = load_weights(task.model, Path(run.init_from), ranks) if run.init_from is not None else []
+    with ranks.agreed():
+        freeze(task.model, run.freeze)
     model = task.model.to(device)
     with ranks.agreed():
         optimizer = parts["optimizer"](model=model)
@@ -77,7 +86,16 @@ def build(settings: Settings, ranks: Ranks, everyone: Ranks | None = None) -> Se
     preconditioner = make_preconditioner(settings, model, averaging.optimizer, ranks, everyone)
     if isinstance(averaging, OwnerAveraging):
         _own(averaging, preconditioner, run)
-    return Setup(settings, ranks, device, task, model, averaging, preconditioner, train, test, length, learning_rate)
+    return Setup(
+        settings, ranks, device, task, model, averaging, preconditioner, train, test, length, learning_rate, notes
+    )
+
+
+def _seed(seed: int) -> None:
+    """The same on every rank: what depends on the sample is keyed instead. For a task's own draws."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the one that others draw from
+    random.seed(seed)
 
 
 def _own(averaging: OwnerAveraging, preconditioner: Preconditioner | FirstOrder, run: RunSettings) -> None:

@@ -112,7 +112,7 @@ def test_a_killed_rank_ends_the_job_by_itself(tmp_path: Path) -> None:
     assert result.rc != 0 and result.seconds < ENDED, result.output
     assert "rank 1" in result.output and "signal 9" in result.output, result.output
     assert result.output.count("hpc_kfac: rank 0 of 3") == result.output.count("hpc_kfac: rank") == 1, result.output
-    assert "allreduce 'reduce' (layers conv1 .. fc) when it was ended" in result.output
+    assert "allreduce 'reduce' (layers conv1 .. fc) when SIGTERM came" in result.output
 
 
 def test_a_late_rank_and_a_long_time_outside_collectives_are_no_stall(tmp_path: Path) -> None:

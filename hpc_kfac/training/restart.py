@@ -1,0 +1,104 @@
+"""Where a run starts: anew, where it was stopped, or from another run's checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_kfac.checkpoint import BrokenCheckpoint, Saved, find, newest
+from hpc_kfac.distributed import communicator
+from hpc_kfac.training.changes import compare
+from hpc_kfac.training.config import Settings
+from hpc_kfac.training.launch import InputError, Ranks
+from hpc_kfac.training.run_folder import DONE
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        folder: to work in; None for a new one.
+        source: what to go on from; None for nothing.
+        finished: why there is nothing to do, or None.
+    """
+
+    folder: Path | None = None
+    source: Path | None = None
+    finished: str | None = None
+
+
+def find_start(settings: Settings, ranks: Ranks) -> Start:
+    """Looks on rank 0 for what `resume` says. Collective.
+
+    Raises:
+        InputError: a path that is not there.
+    """
+    start = Start()
+    with ranks.agreed():
+        if ranks.rank == 0:
+            start = _look(settings)
+    return ranks.broadcast(start)
+
+
+def _look(settings: Settings) -> Start:
+    resume = settings.run.resume
+    if resume == "never":
+        return Start()
+    if resume != "auto":
+        if not Path(resume).exists():
+            raise InputError(f"resume is {resume}, which is not there; give auto, never, or a run folder or checkpoint")
+        return Start(source=Path(resume))
+    folder = Path(settings.run.run_dir) / settings.name
+    done = folder / DONE
+    if done.exists():
+        return Start(folder, finished=_done_text(done))
+    return Start(folder, folder / "checkpoints")
+
+
+def _done_text(done: Path) -> str:
+    try:
+        summary = json.loads(done.read_text())["summary"]
+    except (OSError, ValueError, LookupError, TypeError):
+        summary = "It is complete."
+    return (
+        f"The run in {done.parent} has ended. {summary}\n"
+        "Use --resume never or another --name for a new run; --resume with this folder's path and more epochs to go on."
+    )
+
+
+def load_start(start: Start, settings: Settings, ranks: Ranks, say: Callable[[str], None]) -> Saved | None:
+    """The checkpoint to go on from, once it has been checked and its settings compared. Collective.
+
+    Args:
+        start: where to look.
+        settings: of this run.
+        ranks: all that train.
+        say: gets what has changed, on rank 0.
+
+    Raises:
+        InputError: no checkpoint is in order, or it was made with settings that contradict these.
+    """
+    comm = communicator(ranks.comm)
+    if start.source is None:
+        return None
+    try:
+        saved = newest(start.source, comm, say) if start.folder is not None else find(start.source, comm, say)
+    except BrokenCheckpoint as error:
+        raise InputError(str(error)) from error
+    if saved is None:
+        return None
+    with ranks.agreed():
+        if "run" not in saved.common:
+            raise InputError(f"{saved.path} was not written by the trainer; take its weights with --init-from")
+        changes = compare(saved.common["run"]["settings"], settings.resolved)
+        if changes.contradictory:
+            raise InputError(
+                f"{saved.path} cannot be gone on from:\n  " + "\n  ".join(changes.contradictory)
+                + "\nUse the checkpoint's settings, or take its weights alone with --init-from."
+            )  # fmt: skip
+    if changes.taken and ranks.rank == 0:
+        say("Settings that have changed since: " + "; ".join(changes.taken))
+    return saved
