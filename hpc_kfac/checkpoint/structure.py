@@ -11,6 +11,7 @@ import math
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -301,18 +302,20 @@ def check_in_child(paths: Sequence[Path]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             output, errors = child.communicate()
-            errors += f"took more than {seconds:.0f} s"
+            errors = f"took more than {seconds:.0f} s"
     if child.returncode == 0:
         return
     if not output:
         raise RuntimeError(f"{' '.join(command[:3])} failed:\n{errors}")
     *_, last = output.splitlines()  # the child names each file before it reads it
     name, _, problem = last.partition(": ")
-    raise Broken(f"{name}: {problem or f'reading its structure ended with status {child.returncode} {errors[-200:]}'}")
+    how = f"by {signal.Signals(-child.returncode).name}" if child.returncode < 0 else f"with status {child.returncode}"
+    raise Broken(f"{name}: {problem or f'reading its structure ended {how} {errors[-200:]}'.rstrip()}")
 
 
 def main(paths: Sequence[str]) -> None:
     """Checks files; prints the name of each, and after it what is wrong with the first bad one, with exit status 3."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for path in paths:
         print(os.path.basename(path), end="", flush=True)
         try:
