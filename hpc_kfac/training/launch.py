@@ -185,13 +185,19 @@ def set_threads(threads: int | None, ranks: Ranks) -> int:
     return torch.get_num_threads()
 
 
+def exit_status(error: BaseException) -> int:
+    """Of a process that ends by this: 75 asks to be started again, 2 is for what the user gave, 1 for the rest."""
+    if isinstance(error, RunInterrupted):
+        return INTERRUPTED
+    return 2 if isinstance(error, EXPECTED) and not isinstance(error, RunStopped) else 1
+
+
 def end(error: BaseException, ranks: Ranks) -> NoReturn:
     """Ends all ranks after an exception: quietly together if all of them got here, by MPI's Abort if not.
 
     An expected error is one message; anything else is this rank's traceback.
     """
-    code = 1 if isinstance(error, RunStopped) or not isinstance(error, EXPECTED) else 2
-    code = INTERRUPTED if isinstance(error, RunInterrupted) else code
+    code = exit_status(error)
     if isinstance(error, EXPECTED) and _all_arrived(ranks):
         if ranks.rank == 0:
             _say(f"hpc-kfac: {error}")

@@ -16,7 +16,7 @@ from hpc_kfac.training.launch import InputError, Ranks, RunInterrupted, RunStopp
 from hpc_kfac.training.lease import Lease, LeaseTaken
 from hpc_kfac.training.loop import Loop, Result
 from hpc_kfac.training.restart import Start, find_start, load_start
-from hpc_kfac.training.run_folder import create_run_folder, open_run_folder
+from hpc_kfac.training.run_folder import StopNote, create_run_folder, open_run_folder
 from hpc_kfac.training.saving import Saver
 from hpc_kfac.training.setup import Setup, build, make_preconditioner
 from hpc_kfac.training.stop import StopRequests, scheduler_deadline
@@ -51,7 +51,8 @@ def run(settings: Settings, ranks: Ranks) -> Result | None:
         setup = build(settings, ranks, everyone)
         path = create_run_folder(settings, ranks, start.folder)
         lease = _take_lease(path, ranks, stack)
-        return _train(settings, start, setup, path, lease, requests, console, everyone)
+        note = stack.enter_context(StopNote(path, ranks.rank == 0))
+        return _train(settings, start, setup, path, lease, note, requests, console, everyone)
 
 
 def _train(
@@ -60,6 +61,7 @@ def _train(
     setup: Setup,
     path: Path,
     lease: Lease | None,
+    note: StopNote,
     requests: StopRequests,
     console: Console,
     everyone: Ranks,
@@ -68,7 +70,7 @@ def _train(
     saved = load_start(start, settings, ranks, console.say)
     _tell_helpers(settings, everyone, path, saved)
     before = (saved.common["run"]["metrics"], saved.step) if saved is not None else ("", 0)
-    folder = open_run_folder(path, settings, ranks, setup.device, *before)
+    folder = open_run_folder(path, settings, ranks, setup.device, setup.length.steps, *before)
     console.say(_opening(setup))
     saver = Saver(setup, folder, console.say, requests, lease)
     loop = Loop(setup, folder, console, saver)
@@ -83,6 +85,7 @@ def _train(
             everyone.broadcast(isinstance(error, RunInterrupted))
         raise
     finally:
+        note.step, note.disowned = loop.progress.step, lease is not None and lease.lost
         console.close()
         folder.close()
     saver.close()

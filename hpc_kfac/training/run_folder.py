@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,10 +18,12 @@ import torch
 
 from hpc_kfac import stack
 from hpc_kfac.training.config import Settings
-from hpc_kfac.training.launch import Ranks
+from hpc_kfac.training.launch import EXPECTED, Ranks, exit_status
 
 DONE = "done.json"
 """Is there when the training is complete."""
+STOPPED = "stopped.json"
+"""Is there after a start that ended early, until the next one: reason, step, time and exit status."""
 
 
 class RunFolder:
@@ -69,6 +72,38 @@ class RunFolder:
                 file.close()
 
 
+class StopNote:
+    """Leaves word in the run folder of why a start has ended early. A context manager; for rank 0.
+
+    Args:
+        path: of the folder.
+        writes: whether this is rank 0.
+
+    Attributes:
+        step: that the run has come to.
+        disowned: another job has the folder now; nothing may be written there any more.
+    """
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        self.step = 0
+        self.disowned = False
+        self._path, self._writes = path / STOPPED, writes
+
+    def __enter__(self) -> StopNote:
+        if self._writes:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or not self._writes or self.disowned:
+            return
+        reason = str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
+        note = {"reason": reason, "step": self.step, "time": now(), "status": exit_status(error)}
+        with contextlib.suppress(OSError):  # the error itself is worth more than a note of it
+            replace_file(self._path, json.dumps(note, indent=2) + "\n")
+
+
 def create_run_folder(settings: Settings, ranks: Ranks, path: Path | None = None) -> Path:
     """Makes a run's folder on rank 0: a new one, or the given one, which may be there. Collective.
 
@@ -85,7 +120,7 @@ def create_run_folder(settings: Settings, ranks: Ranks, path: Path | None = None
 
 
 def open_run_folder(
-    path: Path, settings: Settings, ranks: Ranks, device: torch.device, metrics: str = "", step: int = 0
+    path: Path, settings: Settings, ranks: Ranks, device: torch.device, steps: int, metrics: str = "", step: int = 0
 ) -> RunFolder:
     """Writes settings.yaml and run.json, and puts metrics.jsonl where the run starts. Collective.
 
@@ -94,6 +129,7 @@ def open_run_folder(
         settings: of the run.
         ranks: all that train.
         device: of this rank.
+        steps: that the whole run has.
         metrics: rows up to the checkpoint that the run goes on from.
         step: of that.
 
@@ -104,7 +140,9 @@ def open_run_folder(
     devices = ranks.gather(str(device))
     with ranks.agreed():
         if ranks.rank == 0:
-            facts = describe(settings, ranks) | {"hosts": hosts, "devices": devices, "from_step": step}
+            facts = describe(settings, ranks) | {
+                "hosts": hosts, "devices": devices, "steps": steps, "from_step": step
+            }  # fmt: skip
             replace_file(path / "settings.yaml", settings.resolved)
             replace_file(path / "run.json", json.dumps(_with_earlier(path / "run.json", facts), indent=2) + "\n")
             replace_file(path / "metrics.jsonl", metrics)
@@ -134,11 +172,16 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
+def now() -> str:
+    """The time, in ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
 def describe(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     """What is needed to judge and repeat a run."""
     return {
         "name": settings.name,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": now(),
         "command": sys.argv,
         "git": _git(),
         "python": platform.python_version(),
