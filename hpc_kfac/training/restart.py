@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_kfac.checkpoint import BrokenCheckpoint, Saved, find, newest
+from hpc_kfac.checkpoint.sets import clean
 from hpc_kfac.distributed import communicator
 from hpc_kfac.training.changes import compare
 from hpc_kfac.training.config import Settings
@@ -84,6 +85,10 @@ def load_start(start: Start, settings: Settings, ranks: Ranks, say: Callable[[st
     comm = communicator(ranks.comm)
     if start.source is None:
         return None
+    if start.folder is not None:
+        with ranks.agreed():
+            if ranks.rank == 0:
+                clean(start.source)  # puts back a set that a killed job was about to replace
     try:
         saved = newest(start.source, comm, say) if start.folder is not None else find(start.source, comm, say)
     except BrokenCheckpoint as error:
