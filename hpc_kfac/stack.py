@@ -76,16 +76,27 @@ def launched_ranks() -> tuple[str, int] | None:
     return None
 
 
+def expected_ranks() -> int | None:
+    """How many ranks the job script wants there to be (HPC_KFAC_RANKS); None if it does not say."""
+    value = os.environ.get("HPC_KFAC_RANKS", "")
+    return int(value) if value.isdigit() else None
+
+
 def check_launch() -> None:
     """Refuses to run where a launcher started N ranks that do not know of each other: each would train alone.
 
+    Where HPC_KFAC_RANKS says how many ranks there should be, as the job scripts let it, any other number is refused.
+
     Raises:
-        LaunchError: N is above 1 and MPI.COMM_WORLD has one rank, or mpi4py is missing.
+        LaunchError: MPI.COMM_WORLD has one rank and N is above 1, or another number than expected; or mpi4py is
+            missing.
     """
-    launched = launched_ranks()
-    if launched is None or launched[1] < 2:
+    name, ranks = launched_ranks() or ("", 1)
+    expected = expected_ranks()
+    if ranks < 2 and expected is not None:
+        name, ranks = "HPC_KFAC_RANKS", expected
+    if ranks < 2:
         return
-    name, ranks = launched
     try:
         from mpi4py import MPI
     except ImportError as error:
@@ -93,7 +104,13 @@ def check_launch() -> None:
             f"{ranks} processes were started ({name}={ranks}), but mpi4py cannot be imported ({error}); "
             "install it (pip install mpi4py) or start one process"
         ) from error
-    if MPI.COMM_WORLD.size > 1:
+    size = MPI.COMM_WORLD.size
+    if size > 1:
+        if expected is not None and size != expected:
+            raise LaunchError(
+                f"HPC_KFAC_RANKS={expected}, but MPI.COMM_WORLD has {size} ranks; make the launcher's number of ranks"
+                " that of the allocation, or unset HPC_KFAC_RANKS"
+            )
         return
     library = _first_line(MPI.Get_library_version())
     if name.startswith("SLURM"):

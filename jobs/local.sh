@@ -16,7 +16,6 @@ case $ranks in '' | 0 | *[!0-9]*)
 esac
 
 bash env/install.sh
-. env/.venv/bin/activate
 
 images=${FASHION_MNIST:-/usr/share/datasets/fashion-mnist}
 if [[ ${1:-} == *.yaml || ${1:-} == *.yml ]]; then
@@ -38,19 +37,4 @@ fi
 cores=$(nproc)
 threads=$((cores / ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-set -a
-. env/launch.env
-set +a
-
-# At a TERM mpirun ends its ranks before they can save. It passes USR2 on to them, which has them save and stop.
-mpirun -n "$ranks" python -m mpi4py -m hpc_kfac train "$run" "$@" &
-job=$!
-told=''
-trap 'told=yes; kill -USR2 "$job" 2>/dev/null || true' TERM
-while :; do
-    status=0
-    wait "$job" || status=$?
-    # A signal ends the wait, too.
-    if [ -z "$told" ] || [ "$status" -le 128 ]; then exit "$status"; fi
-    told=''
-done
+HPC_KFAC_SCHEDULER=none HPC_KFAC_SITE=local HPC_KFAC_RANKS=$ranks exec bash jobs/launch.sh "$run" "$@"

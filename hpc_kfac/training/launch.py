@@ -138,10 +138,10 @@ def join() -> Ranks:
     """Finds the other ranks. Without a launcher that started several this process is alone and needs no MPI.
 
     Raises:
-        LaunchError: the launcher made processes that do not know of each other.
+        LaunchError: the launcher made processes that do not know of each other, or not as many as it should.
     """
     launched = stack.launched_ranks()
-    if launched is None or launched[1] == 1:
+    if (launched is None or launched[1] == 1) and (stack.expected_ranks() or 1) == 1:
         return Ranks()
     stack.check_launch()
     from mpi4py import MPI

@@ -15,7 +15,7 @@ from hpc_kfac import stack
 @pytest.fixture
 def plain(monkeypatch):
     """An environment without launcher or scheduler."""
-    for name in stack.SCHEDULER_VARIABLES:
+    for name in (*stack.SCHEDULER_VARIABLES, "HPC_KFAC_RANKS"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -86,6 +86,23 @@ def test_singletons_of_a_foreign_mpirun_are_refused(plain):
 def test_one_process_is_accepted(plain):
     stack.check_launch()
     plain.setenv("SLURM_NTASKS", "4")  # a shell in an allocation
+    stack.check_launch()
+
+
+def test_a_single_process_where_a_job_script_expects_more_is_refused(plain):
+    plain.setenv("HPC_KFAC_RANKS", "4")
+    with pytest.raises(stack.LaunchError, match="HPC_KFAC_RANKS=4, but MPI.COMM_WORLD has 1 rank"):
+        stack.check_launch()
+    plain.setenv("HPC_KFAC_RANKS", "1")
+    stack.check_launch()
+
+
+@pytest.mark.ranks(2)
+def test_another_number_of_ranks_than_expected_is_refused(comm, monkeypatch):
+    monkeypatch.setenv("HPC_KFAC_RANKS", "3")
+    with pytest.raises(stack.LaunchError, match="HPC_KFAC_RANKS=3, but MPI.COMM_WORLD has 2 ranks"):
+        stack.check_launch()
+    monkeypatch.setenv("HPC_KFAC_RANKS", "2")
     stack.check_launch()
 
 
