@@ -37,7 +37,14 @@ class RunFolder:
 
     def __init__(self, path: Path, writes: bool, tensorboard: bool = False) -> None:
         self.path = path
-        self._metrics = open(path / "metrics.jsonl", "a", buffering=1) if writes else None  # noqa: SIM115
+        self._writes = writes
+        self._metrics: int | None = None
+        self._waiting = bytearray()
+        self._full = False
+        if writes:
+            self._metrics = os.open(
+                path / "metrics.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
+            )
         self._board: Any = None
         if writes and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -45,9 +52,10 @@ class RunFolder:
             self._board = SummaryWriter(str(path / "tensorboard"))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a row to metrics.jsonl. A number that JSON has no word for becomes null."""
+        """Appends a row to metrics.jsonl; on a full disk, later. A number that JSON has no word for becomes null."""
         if self._metrics is not None:
-            self._metrics.write(json.dumps(_finite(row)) + "\n")
+            self._waiting += (json.dumps(_finite(row)) + "\n").encode()
+            self._append()
         if self._board is not None:
             for name, value in row.items():
                 if isinstance(value, float | int) and name not in ("step", "epoch"):
@@ -57,19 +65,33 @@ class RunFolder:
         """All rows so far; none on other ranks than 0."""
         if self._metrics is None:
             return ""
-        self._metrics.flush()
-        return (self.path / "metrics.jsonl").read_text()
+        return ((self.path / "metrics.jsonl").read_bytes() + self._waiting).decode()
 
     def mark_done(self, facts: dict[str, Any]) -> None:
         """Leaves word that the training is complete."""
-        if self._metrics is not None:
+        if self._writes:
             replace_file(self.path / DONE, json.dumps(_finite(facts), indent=2) + "\n")
 
     def close(self) -> None:
         """Closes the files."""
-        for file in (self._metrics, self._board):
-            if file is not None:
-                file.close()
+        if self._metrics is not None:
+            self._append()
+            os.close(self._metrics)
+            self._metrics = None
+        if self._board is not None:
+            self._board.close()
+
+    def _append(self) -> None:
+        """Writes the rows that wait; if there is no space for them they wait on, and training does not."""
+        assert self._metrics is not None
+        try:
+            while self._waiting:
+                del self._waiting[: os.write(self._metrics, self._waiting)]
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                print(f"Warning: {self.path / 'metrics.jsonl'}: {error.strerror}; its rows wait in memory", flush=True)
+            self._full = True
 
 
 class StopNote:
