@@ -21,6 +21,9 @@ HELP = """usage: hpc-kfac COMMAND ...
   pack FOLDER OUT                      pack folders of JPEG files (train/CLASS/*.jpg, val/CLASS/*.jpg) into HDF5
   checkpoint list|show|verify|diff|prune|export PATH ...
                                        looks into checkpoints; 'hpc-kfac checkpoint --help' tells more
+  submit RUN.yaml --site NAME --nodes N --time 4:00:00 [-- --key value ...]
+                                       fill in a job script and hand it to the scheduler; 'hpc-kfac submit --help'
+  status [RUN ...] [--json]            how runs are doing; by default those in logs/
   info                                 what is installed: versions, MPI, Horovod, GPUs, cores
 """
 
@@ -114,6 +117,26 @@ def _checkpoint_words(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def submit(arguments: list[str], ranks: Ranks) -> None:
+    """Submits a job."""
+    from hpc_kfac.submit import submit as submitted
+
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    print(submitted([*arguments[:place], *(_underscored(word) for word in arguments[place:])]))
+
+
+def status(arguments: list[str], ranks: Ranks) -> None:
+    """Tells how runs are doing."""
+    from hpc_kfac import status as module
+
+    parser = argparse.ArgumentParser("hpc-kfac status", description="Tells how runs are doing.")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, or folders of them: logs")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    given = parser.parse_args(arguments)
+    found = module.look(module.find_runs(given.runs or [Path("logs")]))
+    print(module.as_json(found) if given.json else module.table(found))
+
+
 def info(arguments: list[str], ranks: Ranks) -> None:
     """Describes the stack."""
     from hpc_kfac import stack
@@ -127,6 +150,8 @@ COMMANDS: dict[str, Callable[[list[str], Ranks], None]] = {
     "evaluate": evaluate,
     "pack": pack,
     "checkpoint": checkpoint,
+    "submit": submit,
+    "status": status,
     "info": info,
 }
 
