@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -219,7 +220,11 @@ class DDPAveraging(_Plain):
             store = torch.distributed.TCPStore(host, port, ranks.size, is_master=False)
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size)
-        self._ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self._ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        if backend == "gloo":
+            self._ddp.register_comm_hook(None, lambda _, bucket: _reduce_each(bucket))
         self.forward = self._ddp
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
@@ -227,6 +232,17 @@ class DDPAveraging(_Plain):
 
     def close(self) -> None:
         torch.distributed.destroy_process_group()
+
+
+def _reduce_each(bucket: Any) -> torch.futures.Future[Tensor]:
+    """Averages each gradient by itself.
+
+    DDP regroups its buckets after the first step, and a run that goes on would round the sums of its first step in
+    another order than one that was never stopped.
+    """
+    ranks = torch.distributed.get_world_size()
+    works = [torch.distributed.all_reduce(g.div_(ranks), async_op=True).get_future() for g in bucket.gradients()]
+    return torch.futures.collect_all(works).then(lambda _: bucket.buffer())
 
 
 def _start_equal(model: nn.Module, ranks: Ranks) -> None:

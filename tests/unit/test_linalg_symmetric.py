@@ -38,3 +38,10 @@ def test_16_bit_rows_are_rounded_once_a_piece() -> None:
 
     rows = rows.bfloat16()
     assert error(Dense().gram(rows)) < min(7e-4, 0.5 * error(torch.bmm(rows.mT, rows)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("d", [3, 65, 127, 257, 577])
+def test_products_are_exactly_symmetric(d: int, dtype: torch.dtype) -> None:
+    product = gram(torch.randn(2, 64, d).to(dtype))
+    assert torch.equal(product, product.mT)
