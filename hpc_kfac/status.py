@@ -163,12 +163,14 @@ def _state(run: Path, job_state: str | None, note: Mapping[str, Any]) -> tuple[s
         return "training", None
     if job_state in WAITING:
         return "waiting", _clock(stopped or alive)
+    runs = job_state not in (None, UNKNOWN, GONE)
+    interrupted = stopped is not None and note.get("status") == INTERRUPTED
+    if runs and (interrupted or (stopped is None and alive is None)):
+        return "starting", None
     if stopped is not None:
-        return ("interrupted" if note.get("status") == INTERRUPTED else "stopped"), _clock(stopped)
+        return ("interrupted" if interrupted else "stopped"), _clock(stopped)
     if alive is not None:
         return "silent", _clock(alive)
-    if job_state not in (None, UNKNOWN, GONE):
-        return "starting", None
     return "unknown", _clock(_modified(run / "metrics.jsonl"))
 
 

@@ -144,6 +144,17 @@ def test_other_schedulers(folder: Path, tmp_path: Path, scheduler: str, variable
     assert only(folder, environ).job_state == state
 
 
+@pytest.mark.parametrize(("status", "state"), [(75, "starting"), (1, "stopped"), (2, "stopped")])
+def test_a_job_that_runs_goes_on_with_what_was_interrupted(
+    folder: Path, tmp_path: Path, status: int, state: str
+) -> None:
+    (folder / "lease.json").unlink()
+    (folder / "stopped.json").write_text(json.dumps({"reason": "asked", "status": status}))
+    assert only(folder, squeue(tmp_path, "echo '7 RUNNING'")).state == state
+    assert only(folder, squeue(tmp_path, "echo '7 REQUEUED'")).state == "waiting"
+    assert only(folder).state == ("interrupted" if status == 75 else "stopped")
+
+
 def test_no_lease_but_a_running_job_is_a_start(folder: Path, tmp_path: Path) -> None:
     (folder / "lease.json").unlink()
     assert only(folder, squeue(tmp_path, "echo '7 RUNNING'")).state == "starting"
