@@ -221,17 +221,18 @@ def writers(job: Job, folder: Path) -> dict[str, Callable[[Path], float]]:
 
 
 def write_seconds(job: Job, folder: Path, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each writer, in turns. The first turn, in which memory is used for the first time, is left out."""
+    """Seconds of each writer, in turns of changing order. The first turn, in which memory is used for the first time, is left out."""
     contenders = writers(job, folder)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(repeats + 1):
-        for name, write in contenders.items():
+        names = list(contenders)
+        for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody always follows the same one
             path = folder / name.replace(" ", "-") / str(number)
             if COMM.rank == 0:
                 path.mkdir(parents=True)
                 os.sync()
             COMM.Barrier()
-            seconds[name].append(write(path))
+            seconds[name].append(contenders[name](path))
             if COMM.rank == 0 and number >= KEPT:  # as many are kept as of the sets
                 shutil.rmtree(path.parent / str(number - KEPT))
         _progress(f"writing: turn {number + 1} of {repeats + 1}")
