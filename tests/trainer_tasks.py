@@ -97,3 +97,45 @@ def drifting() -> tuple[nn.Module, CrossEntropyLoss, TensorDataset, TensorDatase
     task: Any = digits()
     head = nn.Linear(64, 10)
     return nn.Sequential(nn.Flatten(), DriftsOnRank1(head.weight), head), CrossEntropyLoss(), task.train, task.test
+
+
+def points(samples: int = 96) -> tuple[nn.Module, CrossEntropyLoss, TensorDataset, TensorDataset]:
+    """Points in four classes and a very small net in float64, for runs that are started many times."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(samples + 40, 6, generator=generator, dtype=torch.float64)
+    targets = (inputs[:, 0] > 0).long() + 2 * (inputs[:, 1] * inputs[:, 2] > 0).long()
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    train, test = (TensorDataset(inputs[part], targets[part]) for part in (slice(samples), slice(samples, None)))
+    return model, CrossEntropyLoss(), train, test
+
+
+class BlowsUp(nn.Module):
+    """Multiplies what it passes on in some of its forward passes.
+
+    Args:
+        at: the first of them.
+        factor: NaN for a loss that is not finite.
+        again: also after going back to a checkpoint.
+    """
+
+    def __init__(self, at: int, factor: float, again: bool) -> None:
+        super().__init__()
+        self.at, self.factor, self.again = at, factor, again
+        self.passed = 0
+        self.register_buffer("saved", torch.zeros((), dtype=torch.int64))  # goes back with the weights
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        self.passed += 1
+        self.saved += 1
+        spoilt = int(self.saved) >= self.at and (self.again or self.passed == int(self.saved))
+        return x * self.factor if spoilt else x
+
+
+def blowing_up(
+    at: int = 25, factor: float = 1000.0, again: bool = False
+) -> tuple[nn.Module, CrossEntropyLoss, TensorDataset, TensorDataset]:
+    """The points with a net that spoils its loss after a while."""
+    model, loss, train, test = points()
+    return nn.Sequential(model, BlowsUp(at, factor, again)), loss, train, test
