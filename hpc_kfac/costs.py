@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -127,3 +128,23 @@ def _best(what: Callable[[], object]) -> float:
         if best > 1.0:  # large ones are not repeated
             break
     return best
+
+
+def refresh_flops(problem: Problem) -> dict[str, float]:
+    """By layer, of one refresh."""
+    return {name: problem.method.cost(shape).refresh for name, shape in problem.shapes.items()}
+
+
+def resident_bytes(problem: Problem, rank: int) -> dict[str, dict[str, int]]:
+    """Curvature state that a rank holds after a refresh: layer -> role -> bytes."""
+    table: dict[str, dict[str, int]] = {}
+    for name in problem.shapes:
+        table[name] = {"running": 0, "solved": 0}
+        for spec in problem.specs[name]:
+            itemsize = problem.precision.stored(spec).itemsize
+            here = problem.holds(rank, name, spec)
+            if spec.role == "running" and here:
+                table[name]["running"] += math.prod(spec.shape) * itemsize
+            if spec.reduce == "gather" or (spec.role == "solved" and here):
+                table[name]["solved"] += math.prod(spec.full_shape(problem.assignment.ranks)) * itemsize
+    return table

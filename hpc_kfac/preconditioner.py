@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from hpc_kfac import saved_state
 from hpc_kfac.collector import Collector, FisherSource
 from hpc_kfac.consistency import check_weights
-from hpc_kfac.costs import make_problem
+from hpc_kfac.costs import make_problem, refresh_flops, resident_bytes
 from hpc_kfac.damping import LevenbergMarquardt, as_damping
 from hpc_kfac.distributed import (
     Assignment,
@@ -128,7 +126,7 @@ class Preconditioner:
         self._problem = make_problem(
             shapes, self.method, placement or Kaisa(), self.precision, self._comm, self._device
         )
-        self._times = RefreshTimes(self.schedule, self._refresh_costs())
+        self._times = RefreshTimes(self.schedule, refresh_flops(self._problem))
         self.timeline = Timeline(self._comm.rank)
         self._executor = Executor(
             model,
@@ -160,9 +158,6 @@ class Preconditioner:
             self.timings,
         )
         self._start_step()
-
-    def _refresh_costs(self) -> dict[str, float]:
-        return {name: self.method.cost(shape).refresh for name, shape in self._problem.shapes.items()}
 
     # What the user calls
 
@@ -271,18 +266,7 @@ class Preconditioner:
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Bytes of curvature state that this rank holds after a refresh: layer -> role -> bytes."""
-        table: dict[str, dict[str, int]] = {}
-        for name in self._problem.shapes:
-            table[name] = {"running": 0, "solved": 0}
-            for spec in self._problem.specs[name]:
-                itemsize = self.precision.stored(spec).itemsize
-                size = math.prod(spec.full_shape(self._comm.size)) * itemsize
-                here = self._problem.holds(self._comm.rank, name, spec)
-                if spec.role == "running" and here:
-                    table[name]["running"] += math.prod(spec.shape) * itemsize
-                if spec.reduce == "gather" or (spec.role == "solved" and here):
-                    table[name]["solved"] += size
-        return table
+        return resident_bytes(self._problem, self._comm.rank)
 
     @property
     def assignment(self) -> Assignment:
@@ -369,20 +353,8 @@ class Preconditioner:
 
         Tensors are references; symmetric ones are marked as `linalg.packing.Symmetric`.
         """
-        assignment = self.assignment
-        weights = torch.tensor([state.weight for state in self.states.values()], dtype=torch.float64)
-        if self.trainers.size > 1:
-            self.trainers.allreduce(weights, "checkpoint", "weights of running averages").wait()
-        common = {
-            "method": type(self.method).__name__,
-            "ranks": assignment.ranks,
-            "helpers": assignment.helpers,
-            "factors": assignment.factors,
-            "waiting": self.schedule.lag > 0,
-            "owner": dict(assignment.owner),
-            "weights": dict(zip(self.states, weights.tolist(), strict=True)),
-            **self._counters(),
-        }
+        common = saved_state.common(self.states, self._problem, self.trainers)
+        common |= {"waiting": self.schedule.lag > 0, **self._counters()}
         return common, self._own_share()
 
     def load_shares(self, common: Mapping[str, Any], of: Callable[[int], Mapping[str, Any]]) -> None:
@@ -395,11 +367,7 @@ class Preconditioner:
         Raises:
             ValueError: the method, the layers, their tensors or a tensor's shape are others. Nothing is changed then.
         """
-        method = type(self.method).__name__
-        if common["method"] != method:
-            raise ValueError(f"the method was {common['method']} when this was saved, and now is {method}; use that")
-        names = ("ranks", "helpers", "factors", "owner", "weights", "waiting")
-        shares = saved_state.Shares(**{name: common[name] for name in names}, of=of)
+        shares = saved_state.Shares.of_saved(common, of, self._problem)
         rank, device = self._comm.rank, self._device
         states = saved_state.take(shares, self._problem, rank, device)
         self._load(common, states, saved_state.take_pending(shares, self._problem, rank, device))

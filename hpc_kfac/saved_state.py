@@ -7,13 +7,13 @@ the ranks' differ, and decompositions that are not in use yet. From all shares a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hpc_kfac.distributed import Unit
+from hpc_kfac.distributed import Communicator, Unit
 from hpc_kfac.linalg.packing import Symmetric
 from hpc_kfac.methods.method import State, StateSpec
 from hpc_kfac.step_plan import Problem
@@ -65,6 +65,22 @@ def restore(saved: Mapping[str, Any], problem: Problem, device: torch.device) ->
 
 
 # Shares
+
+
+def common(states: Mapping[str, LayerState], problem: Problem, trainers: Communicator) -> dict[str, Any]:
+    """What is needed to put shares together. Collective."""
+    assignment = problem.assignment
+    weights = torch.tensor([state.weight for state in states.values()], dtype=torch.float64)
+    if trainers.size > 1:
+        trainers.allreduce(weights, "checkpoint", "weights of running averages").wait()
+    return {
+        "method": type(problem.method).__name__,
+        "ranks": assignment.ranks,
+        "helpers": assignment.helpers,
+        "factors": assignment.factors,
+        "owner": dict(assignment.owner),
+        "weights": dict(zip(states, weights.tolist(), strict=True)),
+    }
 
 
 def share(states: Mapping[str, LayerState], pending: Pending, problem: Problem, rank: int) -> dict[str, Any]:
@@ -123,6 +139,19 @@ class Shares:
     weights: Mapping[str, float]
     waiting: bool
     of: Callable[[int], Mapping[str, Any]]
+
+    @staticmethod
+    def of_saved(saved: Mapping[str, Any], of: Callable[[int], Mapping[str, Any]], problem: Problem) -> Shares:
+        """Out of what `common` told.
+
+        Raises:
+            ValueError: it was another method.
+        """
+        method = type(problem.method).__name__
+        if saved["method"] != method:
+            raise ValueError(f"the method was {saved['method']} when this was saved, and now is {method}; use that")
+        names = [entry.name for entry in fields(Shares) if entry.name != "of"]
+        return Shares(**{name: saved[name] for name in names}, of=of)
 
     @property
     def trainers(self) -> range:
