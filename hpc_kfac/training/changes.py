@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 SILENT = {
-    "resume", "init_from", "name", "run_dir", "progress", "dry_run", "time_limit", "tensorboard", "trace_steps",
-    "log_every", "threads", "workers", "stall_seconds", "checkpoint",
+    "resume", "init_from", "name", "run_dir", "progress", "dry_run", "time_limit", "time_margin", "tensorboard",
+    "trace_steps", "log_every", "threads", "workers", "stall_seconds", "checkpoint",
 }  # fmt: skip
 """Settings that do not concern what is trained."""
 CONTRADICTORY = {"seed", "global_batch", "weight_sharing", "skip", "freeze", "task", "optimizer", "method"}
