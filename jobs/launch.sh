@@ -160,8 +160,11 @@ conclude() {
         say "$name is complete"
         exit 0
     fi
-    say "the launcher ended with status $status${warned:+ after $warned}; $name is not complete, its newest checkpoint: $(newest)"
-    if [ "$(newest)" = "${present/none/}" ]; then
+    local latest
+    latest=$(newest)
+    latest=${latest:-none}
+    say "the launcher ended with status $status${warned:+ after $warned}; $name is not complete, its newest checkpoint: $latest"
+    if [ "$latest" = "$present" ]; then
         if [ "$status" = "$FINAL" ]; then
             rm -f "$starts"
             say "the program was refused, and would be again: not queued again"

@@ -13,6 +13,9 @@ if [ "${HPC_KFAC_LAUNCHER:-mpirun}" = srun ]; then
     launch=(srun "--mpi=${HPC_KFAC_SRUN_MPI:-pmix}" --ntasks="{ranks}" --nodes="{nodes}" --cpus-per-task="{threads}")
 else
     # Every rank gets cores of its own, as many as it has threads.
-    read -ra options <<<"${HPC_KFAC_MPIRUN_OPTIONS:---map-by slot:PE={threads} --bind-to core}"
-    launch=(mpirun -n "{ranks}" "${options[@]}")
+    launch=(mpirun -n "{ranks}" --map-by "slot:PE={threads}" --bind-to core)
+    if [ -n "${HPC_KFAC_MPIRUN_OPTIONS:-}" ]; then
+        read -ra options <<<"$HPC_KFAC_MPIRUN_OPTIONS"
+        launch=(mpirun -n "{ranks}" "${options[@]}")
+    fi
 fi
