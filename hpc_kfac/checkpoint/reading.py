@@ -10,7 +10,7 @@ from typing import TypeVar
 from hpc_kfac.checkpoint.files import BrokenCheckpoint, read_file
 from hpc_kfac.checkpoint.image import parse
 from hpc_kfac.checkpoint.manifest import COMMON, Manifest, rank_file, read_manifest
-from hpc_kfac.checkpoint.sets import list_sets, set_name, verify
+from hpc_kfac.checkpoint.sets import list_sets, set_name, verify_bytes, verify_structure
 from hpc_kfac.checkpoint.tree import Tree
 from hpc_kfac.distributed import Communicator
 from hpc_kfac.distributed.messages import exchange, from_first
@@ -125,12 +125,13 @@ def find(path: Path, comm: Communicator, warn: Callable[[str], None]) -> Saved:
 def _checked(path: Path, comm: Communicator) -> tuple[Saved | None, str]:
     """The set, and what is wrong with it."""
 
-    def check() -> Saved:
-        verify(path, comm.rank, comm.size)
+    def structure(manifest: Manifest) -> Saved:
+        verify_structure(path, manifest, comm.rank, comm.size)
         return Saved(path)
 
     try:
-        return together(comm, check), ""
+        manifest = together(comm, lambda: verify_bytes(path, comm.rank, comm.size))
+        return together(comm, lambda: structure(manifest)), ""
     except BrokenCheckpoint as error:
         return None, str(error)
 
