@@ -22,9 +22,9 @@ TIMEOUT = 120.0
 INTERRUPTED = 75
 # 8 steps an epoch; a checkpoint is due every 4, as the one before allows.
 COMMON = ["--task", "user", "--task.function", "trainer_tasks:points", "--task.metric", "accuracy", "--resume", "auto"]
-COMMON += ["--global_batch", "12", "--epochs", "30", "--optimizer.lr", "0.02", "--optimizer.momentum", "0.9"]
+COMMON += ["--global_batch", "12", "--epochs", "60", "--optimizer.lr", "0.02", "--optimizer.momentum", "0.9"]
 COMMON += ["--checkpoint.steps", "4", "--log_every", "1000", "--progress", "lines"]
-LAST = 240
+LAST = 480
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,11 @@ def moments(kills: list[tuple[str, int]]) -> list[dict[str, Any]]:
     draw = random.Random(4)
     found = []
     for number, (stage, rank) in enumerate(kills):
-        saves, call = draw.randint(1, 2), 1
+        saves, call = draw.randint(1, 3), 1
         if number == 0:
             saves = 2
         elif stage in STEPPING:
-            saves, call = 0, draw.randint(2, 20)
+            saves, call = 0, draw.randint(2, 50)
         elif stage in AT_START:
             saves, call = 0, draw.randint(1, 2) if stage == "loading" else 1
         elif stage == "copy":
@@ -208,7 +208,7 @@ def test_interrupted_runs_end_with_the_same_bits(
     kinds = ["SIGTERM", "SIGUSR2"] * 6
     draw.shuffle(kinds)
     for kind in kinds:
-        moment = {"stage": draw.choice(STEPPING), "rank": draw.randint(0, 1), "saves": 0, "call": draw.randint(1, 20)}
+        moment = {"stage": draw.choice(STEPPING), "rank": draw.randint(0, 1), "saves": 0, "call": draw.randint(2, 50)}
         before = chain.published
         result = chain.start(moment | {"signal": kind})
         assert result.rc == INTERRUPTED, result.output
