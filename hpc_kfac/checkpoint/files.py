@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PIECE = 4 << 20  # large enough to be fast, small enough to hash what was just copied
+_WRITTEN = 512 << 10  # at a time: for more Linux looks for large pages of cache, which may cost more than writing
 _WAITING = 4
 _BUFFER = 1 << 18
 
@@ -84,8 +85,8 @@ def write_file(path: Path, segments: Iterable[memoryview]) -> FileRecord:
 
 def _pieces(segments: Iterable[memoryview]) -> Iterator[memoryview]:
     for segment in segments:
-        for start in range(0, len(segment), _PIECE):
-            yield segment[start : start + _PIECE]
+        for start in range(0, len(segment), _WRITTEN):
+            yield segment[start : start + _WRITTEN]
 
 
 def read_file(folder: Path, record: FileRecord) -> bytearray:
