@@ -133,7 +133,8 @@ count_starts() {
     starts=logs/.$name.starts
     run_dir=''
     [ ! -f "$starts" ] || read -r last_job count last run_dir <"$starts" || true
-    if [ "$last_job" != "$job" ] && [ -z "${HPC_KFAC_RESUBMITTED:-}" ]; then
+    if { [ "$last_job" != "$job" ] && [ -z "${HPC_KFAC_RESUBMITTED:-}" ]; } ||
+        { [ "$scheduler" = slurm ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; }; then
         count=0 run_dir=''    # somebody has submitted it anew
     fi
     [ -n "$run_dir" ] || report "$@"

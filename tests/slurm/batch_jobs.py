@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sandbox import Sandbox
 
+import support
 from hpc_kfac.checkpoint import inspect
 
 HERE = Path(__file__).parent
@@ -70,8 +71,6 @@ class Job:
         """Waits until the job runs for the second time, or has already ended."""
 
         def restarted() -> bool:
-            if self.slurm.state(self.number) == "PENDING":  # Slurm holds back what is queued again
-                self.slurm.run("scontrol", "update", f"JobId={self.number}", "StartTime=now", check=False)
             state = self.slurm.state(self.number)
             return self.slurm.restarts(self.number) > 0 and state not in ("PENDING", "COMPLETING")
 
@@ -80,7 +79,7 @@ class Job:
     def check_end(self, reference: Job, restarts: int | None = None) -> None:
         """It is complete, went on where it was, and ended with exactly the state of the reference."""
         assert self.complete, self.output[-3000:]
-        assert f"{self.folder.name} is complete" in self.output
+        assert f"{self.folder.name} is complete" in self.output, self.output[-3000:]
         if restarts is not None:
             assert self.slurm.restarts(self.number) == restarts
             assert self.output.count("Goes on from step") == restarts
@@ -115,3 +114,29 @@ def submit(
     words = ["sbatch", "--parsable", f"--job-name={name}", f"--output={output}", *options]
     number = slurm.run(*words, template, str(run_file(slurm)), *settings, PYTHONPATH=str(HERE), **variables)
     return Job(slurm, number, slurm.root / "runs" / variables.get("HPC_KFAC_NAME", f"{name}-{number}"), output)
+
+
+def part_of(array: Job, index: int) -> Job:
+    """One job of an array."""
+    number = f"{array.number}_{index}"
+    return Job(array.slurm, number, array.folder.with_name(f"{array.folder.name}_{index}"), array.log)
+
+
+def chain(slurm: Sandbox) -> dict[str, Job]:
+    """Two jobs, the second with the weights of the first; and two of which the first fails."""
+    jobs = {}
+    for kind, change in (("chain", "optimizer: {name: sgd, lr: 0.01}"), ("broken-chain", "optimizer: {name: none}")):
+        runs = [slurm.root / f"{kind}-{place}.yaml" for place in ("first", "second")]
+        for place, path in enumerate(runs):
+            text = run_file(slurm).read_text().replace("max_steps: 150", f"max_steps: {10 * (place + 1)}")
+            path.write_text(text + (change + "\n" if kind == "broken-chain" or place else ""))
+        output = slurm.run(
+            "bash", "jobs/slurm/chain.sh", *map(str, runs), PYTHONPATH=str(HERE), SBATCH_PARTITION="side",
+            HPC_KFAC_RUN_DIR=str(slurm.root / "runs"),
+        )  # fmt: skip
+        for path, line in zip(runs, output.splitlines(), strict=True):
+            found = re.fullmatch(r"job (\d+): .*, run folder (\S+)", line)
+            assert found is not None, output
+            log = support.ROOT / "logs" / f"{path.stem}-{found[1]}.out"
+            jobs[path.stem] = Job(slurm, found[1], Path(found[2]), log)
+    return jobs

@@ -13,8 +13,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from batch_jobs import Job, submit
+from batch_jobs import Job, chain, part_of, submit
 from sandbox import Sandbox, missing_programs
+
+import support
 
 REQUIRED = "HPC_KFAC_REQUIRE_SLURM"
 
@@ -35,17 +37,23 @@ def slurm() -> Iterator[Sandbox]:
         yield sandbox
     finally:
         sandbox.stop()
+        for count in (support.ROOT / "logs").glob(".*.starts"):
+            if str(root) in count.read_text():
+                count.unlink()
         shutil.rmtree(root, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def side_jobs(slurm: Sandbox) -> dict[str, Job]:
     """Jobs on the other two nodes, that take their time while the tests of node failures use the first two."""
+    side = ["--partition=side"]
     limited = submit(
-        slurm, "limited", options=["--partition=side", "--time=1", "--signal=B:USR1@1"],
+        slurm, "limited", options=[*side, "--time=1", "--signal=B:USR1@1"],
         settings=["--max_steps=900", "--time_margin=10"],
     )  # fmt: skip
-    return {"limited": limited}
+    short = ["--max_steps=20", "--task.arguments.seconds=0"]
+    sweep = submit(slurm, "sweep", short, side, template="jobs/slurm/sweep.sbatch")
+    return {"limited": limited, **{f"sweep-{index}": part_of(sweep, index) for index in range(4)}, **chain(slurm)}
 
 
 @pytest.fixture(scope="session")

@@ -206,15 +206,9 @@ class Sandbox:
         return time.monotonic() - start
 
     def until_ended(self, job: str, seconds: float = 120) -> str:
-        """Waits for a job's end, having it start at once whenever it is queued again; returns its last state."""
-
-        def ended() -> bool:
-            state = self.state(job)
-            if state == "PENDING":  # Slurm holds back what is queued again
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-            return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
-
-        self.until(ended, seconds, f"the end of job {job}")
+        """Waits for a job's end; returns its last state."""
+        under_way = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+        self.until(lambda: self.state(job) not in under_way, seconds, f"the end of job {job}")
         return self.state(job)
 
     def until_idle(self, *nodes: str, seconds: float = 60) -> None:

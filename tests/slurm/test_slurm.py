@@ -6,6 +6,7 @@ import re
 import time
 
 import pytest
+import yaml
 from batch_jobs import Job, submit
 from sandbox import Sandbox
 
@@ -113,7 +114,7 @@ def test_a_node_is_set_down(two_nodes: Sandbox, undisturbed: Job):
     job.until_checkpoint()
     two_nodes.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
     two_nodes.until(lambda: two_nodes.restarts(job.number) > 0, 30, "the job is queued again")
-    two_nodes.run("scontrol", "update", "NodeName=node2", "State=RESUME")
+    two_nodes.run("scontrol", "update", "NodeName=node2", "State=RESUME", check=False)  # or it is up already
     job.until_ended()
     job.check_end(undisturbed, restarts=1)
 
@@ -121,8 +122,8 @@ def test_a_node_is_set_down(two_nodes: Sandbox, undisturbed: Job):
 def test_preemption(two_nodes: Sandbox, undisturbed: Job):
     job = submit(two_nodes, "preempted")
     job.until_checkpoint()
-    output = f"--output={two_nodes.root}/urgent.log"
-    urgent = two_nodes.run("sbatch", "--parsable", "--partition=urgent", "--nodes=2", output, "--wrap=sleep 1")
+    words = ["--partition=urgent", "--nodes=2", "--exclusive", f"--output={two_nodes.root}/urgent.log"]
+    urgent = two_nodes.run("sbatch", "--parsable", *words, "--wrap=sleep 1")
     assert two_nodes.until_ended(urgent, 60) == "COMPLETED"
     assert not job.complete
     job.until_ended()
@@ -154,3 +155,31 @@ def test_the_time_limit(slurm: Sandbox, side_jobs: dict[str, Job]):
     assert slurm.restarts(job.number) >= 1
     assert job.output.count("Goes on from step") == slurm.restarts(job.number)
     assert job.trained_steps() == list(range(5, 901, 5))
+
+
+def test_a_sweep(slurm: Sandbox, side_jobs: dict[str, Job]):
+    dampings = []
+    for index in range(4):
+        job = side_jobs[f"sweep-{index}"]
+        assert job.until_ended(200) == "COMPLETED", job.output[-3000:]
+        assert job.complete
+        settings = yaml.safe_load((job.folder / "settings.yaml").read_text())
+        dampings.append((settings["method"]["damping"], settings["optimizer"]["lr"]))
+    assert dampings == [(0.01, 0.1), (0.03, 0.1), (0.1, 0.1), (0.03, 0.05)]
+
+
+def test_a_chain(slurm: Sandbox, side_jobs: dict[str, Job]):
+    first, second = side_jobs["chain-first"], side_jobs["chain-second"]
+    try:
+        assert second.until_ended(200) == "COMPLETED", first.output[-2000:] + second.output[-3000:]
+        assert first.complete and second.complete
+        assert f"init_from: {first.folder}" in second.output
+        assert second.trained_steps()[-1] == 20
+        # Of a chain that breaks the rest is dropped.
+        assert side_jobs["broken-chain-first"].until_ended(100) == "FAILED"
+        assert side_jobs["broken-chain-second"].until_ended(100) == "CANCELLED"
+        assert not side_jobs["broken-chain-second"].folder.exists()
+    finally:
+        for name, job in side_jobs.items():
+            if "chain" in name:
+                job.log.unlink(missing_ok=True)
