@@ -108,6 +108,7 @@ def serve(preconditioner: Preconditioner, folder: str | Path, path: str | Path |
     if path is not None:
         saved = find(Path(path), preconditioner.trainers, _quiet)
         preconditioner.load_shares(saved.common["preconditioner"], saved.of)
+        saved.forget()
     rank = preconditioner.comm.rank
 
     def write(step: int, share: dict[str, Any]) -> str:

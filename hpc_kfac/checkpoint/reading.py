@@ -48,6 +48,11 @@ class Saved:
             self._shares[rank] = self._read(rank_file(rank))
         return self._shares[rank]
 
+    def forget(self) -> None:
+        """Frees what was read."""
+        self._shares.clear()
+        self.__dict__.pop("common", None)
+
     @property
     def trainers(self) -> int:
         """Ranks that trained when this was saved."""

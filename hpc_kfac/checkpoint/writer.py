@@ -66,7 +66,7 @@ Phase = Literal["idle", "writing", "publishing"]
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run, one at a time.
+    """Writes the checkpoints of a run, one at a time. All calls are collective.
 
     Args:
         folder: gets the sets; removes what killed runs left there. The same for all ranks, on a shared file system.
@@ -100,8 +100,9 @@ class Checkpoints:
         self.last: int | None = None
         self.problem: str | None = None
         self.longest = 0.0
-        if self._comm.rank == 0 and folder.exists():
+        if self._comm.rank == 0:
             clean(folder)
+        exchange(self._comm, "")  # else a rank could already write what another removes
 
     @property
     def busy(self) -> bool:

@@ -73,6 +73,8 @@ class Loop:
         self.clock, self.strength, self.interval = Clock(setup.preconditioner.timeline), Strength(), Interval()
         self.progress = Progress()
         self.last_good = "no step yet"
+        if saver is not None:
+            saver.prepare = self._note_state
 
     def restore(self, saved: Saved) -> None:
         """Goes on from a checkpoint. Collective.
@@ -132,7 +134,6 @@ class Loop:
             self.console.advance()
             self._check_loss()
             if self.saver is not None:
-                self._note_state()
                 self.saver.after_step(report.scalars, progress)
             if report.scalars["stop"]:
                 return False
@@ -174,7 +175,6 @@ class Loop:
             f"Warning: {error}\nBack to step {progress.step} with {progress.lr_scale:g} times the learning rate and"
             f" {MORE_DAMPING:g} times the damping ({rollbacks} of {self.run_settings.max_rollbacks} such returns)."
         )
-        self._note_state()
         self.saver.save(progress)
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -363,7 +363,6 @@ class Loop:
             progress.best_score = score
         if self.saver is None:
             return
-        self._note_state()
         if last:
             self.saver.end(progress, score)
         elif best and self.saver.keeps_best:

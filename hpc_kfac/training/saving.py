@@ -31,6 +31,9 @@ class Saver:
         say: gets what the user should know, on rank 0.
         requests: why the run may have to stop.
         lease: on the folder, on rank 0.
+
+    Attributes:
+        prepare: called before a save, to bring the progress up to date.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Saver:
             self._checkpoints = Checkpoints(folder.path / "checkpoints", self.settings, self.comm, say, self._refusal)
         self._saved_at = time.monotonic()
         self._due: int | None = None
+        self.prepare: Callable[[], None] = lambda: None
 
     @property
     def keeps_best(self) -> bool:
@@ -104,6 +108,7 @@ class Saver:
         self._checkpoints.finish()
         self._due, self._saved_at = None, time.monotonic()
         progress.checkpoints += 1
+        self.prepare()
         setup = self._setup
         optimizer = setup.averaging.saved
         common, own = collect(setup.model, optimizer, setup.preconditioner)
@@ -163,7 +168,9 @@ class Saver:
             raise InputError(f"{saved.path.name} cannot be gone on from: {error}") from error
         if self._checkpoints is not None:
             self._checkpoints.last = saved.step
-        return Progress.of(from_tree(saved.common["run"]["progress"]))
+        progress = Progress.of(from_tree(saved.common["run"]["progress"]))
+        saved.forget()
+        return progress
 
     def last_healthy(self) -> Saved | None:
         """The newest checkpoint from before the loss went up, once newer ones have been removed. Collective."""
