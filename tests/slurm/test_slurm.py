@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
-from batch_jobs import Job, submit
+from batch_jobs import HERE, Job, run_file, submit
 from sandbox import Sandbox
 
+import support
 from hpc_kfac.checkpoint import inspect
 
 pytestmark = pytest.mark.timeout(400)
@@ -183,3 +188,40 @@ def test_a_chain(slurm: Sandbox, side_jobs: dict[str, Job]):
         for name, job in side_jobs.items():
             if "chain" in name:
                 job.log.unlink(missing_ok=True)
+
+
+def test_submit_and_status(two_nodes: Sandbox):
+    """From the command to a complete run; the script goes to logs/, as a user has it."""
+    command = [sys.executable, "-m", "hpc_kfac", "submit", str(run_file(two_nodes)), "--site", "generic-cpu"]
+    command += ["--nodes", "2", "--ranks-per-node", "1", "--time", "10m", "--name", "submitted", "--"]
+    before = set((support.ROOT / "logs").iterdir())
+    try:
+        output = two_nodes.run(*command, "--max_steps", "20", PYTHONPATH=str(HERE))
+        number = re.search(r"\bjob (\d+)", output, re.I)
+        assert number is not None, output
+        folder = two_nodes.root / "runs" / f"submitted-{number[1]}"
+        two_nodes.until((folder / "metrics.jsonl").exists, 100, "the run has begun")
+        status = [sys.executable, "-m", "hpc_kfac", "status", str(folder), "--json"]
+        assert json.loads(two_nodes.run(*status))[0]["state"] in ("starting", "training", "complete")
+        assert two_nodes.until_ended(number[1]) == "COMPLETED"
+        (shown,) = json.loads(two_nodes.run(*status))
+        assert shown["state"] == "complete" and shown["step"] == 20
+    finally:
+        for path in set((support.ROOT / "logs").iterdir()) - before:
+            if path.name.startswith("submitted"):
+                path.unlink()
+
+
+def test_the_template_of_pbs_through_slurms_qsub(two_nodes: Sandbox):
+    """Slurm's wrapper reads the `#PBS` lines; of PBS itself it has nothing but the words."""
+    if shutil.which("qsub") is None or "Slurm" not in Path(shutil.which("qsub") or "").read_text(errors="replace"):
+        pytest.skip("Slurm's qsub (slurm-wlm-torque) is not installed")
+    variables = {"HPC_KFAC_RUN": str(run_file(two_nodes)), "HPC_KFAC_HOME": str(support.ROOT), "PYTHONPATH": str(HERE)}
+    words = ["-N", "through-qsub", "-o", str(two_nodes.root / "qsub.log"), "-V"]
+    output = two_nodes.run(
+        "qsub", *words, "jobs/pbs/train.pbs", HPC_KFAC_SETTINGS="--max_steps 10", **variables
+    )  # fmt: skip
+    number = output.split(".")[0]
+    assert two_nodes.until_ended(number) == "COMPLETED", (two_nodes.root / "qsub.log").read_text()
+    assert "on 2 node(s): 2 rank(s)" in (two_nodes.root / "qsub.log").read_text()
+    assert (two_nodes.root / "runs" / f"through-qsub-{number}" / "done.json").exists()
