@@ -24,6 +24,8 @@ HELP = """usage: hpc-kfac COMMAND ...
   submit RUN.yaml --site NAME --nodes N --time 4:00:00 [-- --key value ...]
                                        fill in a job script and hand it to the scheduler; 'hpc-kfac submit --help'
   status [RUN ...] [--json]            how runs are doing; by default those in logs/
+  bench NAME [--contenders a,b] [--budget MINUTES] [--report-only]
+                                       methods side by side on one task; 'hpc-kfac bench --help' tells more
   info                                 what is installed: versions, MPI, Horovod, GPUs, cores
 """
 
@@ -137,6 +139,13 @@ def status(arguments: list[str], ranks: Ranks) -> None:
     print(module.as_json(found) if given.json else module.table(found))
 
 
+def bench(arguments: list[str], ranks: Ranks) -> None:
+    """Compares methods."""
+    from hpc_kfac.bench.command import bench as compare
+
+    compare(arguments, ranks)
+
+
 def info(arguments: list[str], ranks: Ranks) -> None:
     """Describes the stack."""
     from hpc_kfac import stack
@@ -152,6 +161,7 @@ COMMANDS: dict[str, Callable[[list[str], Ranks], None]] = {
     "checkpoint": checkpoint,
     "submit": submit,
     "status": status,
+    "bench": bench,
     "info": info,
 }
 

@@ -1,0 +1,220 @@
+"""Who takes part: our methods and torch's optimizers. Those of other packages are in `peers`.
+
+A contender is made by a function of a model on its device, the loss, the settings of a grid point and the ranks. On
+several ranks Horovod averages the gradients of all alike; where a contender needs something else, it says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
+
+import hpc_kfac as hk
+from hpc_kfac.training.averaging import make_averaging
+from hpc_kfac.training.launch import Ranks
+from hpc_kfac.training.losses import Loss
+from hpc_kfac.training.optimizers import adamw, sgd
+
+
+class Trained:
+    """A model in training with plain optimizers: forward, backward, averaging, update.
+
+    Attributes:
+        optimizers: whose learning rates the schedule moves.
+        averaging: by what gradients are averaged over ranks.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, ranks: Ranks, optimizers: list[Optimizer]) -> None:
+        self.model, self.loss, self.ranks, self.optimizers = model, loss, ranks, optimizers
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._averaging = self._make_averaging()
+        self.averaging = self._averaging.name
+
+    def _make_averaging(self) -> Any:
+        # The optimizer that Horovod is given only says which gradients there are; it never takes a step.
+        name = "horovod" if importlib.util.find_spec("horovod") else "mpi4py"
+        return make_averaging(name, self.model, SGD(self.parameters, lr=0.0), self.ranks, 1)
+
+    def step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Trains on this rank's part of a batch."""
+        self.model.zero_grad()
+        outputs = self.model(inputs)
+        self.observe(outputs, targets)
+        self.loss(outputs, targets).backward()
+        self._averaging.synchronize()
+        self.update()
+
+    def observe(self, outputs: Tensor, targets: Tensor) -> None:
+        """Called between forward and backward pass."""
+
+    def update(self) -> None:
+        """Called with averaged gradients."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def traffic(self) -> int | None:
+        """Bytes that this rank has handed to collectives beside those of the gradients; None if unknown."""
+        return 0
+
+
+class Preconditioned(Trained):
+    """Ours: any method under Nesterov SGD."""
+
+    def __init__(self, model: nn.Module, loss: Loss, ranks: Ranks, optimizer: Optimizer, **components: Any) -> None:
+        super().__init__(model, loss, ranks, [optimizer])
+        self.preconditioner = hk.Preconditioner(model, optimizer, comm=ranks.comm, **components)
+
+    def observe(self, outputs: Tensor, targets: Tensor) -> None:
+        self.preconditioner.observe(
+            outputs,
+            loss=self.loss.distribution,
+            count=self.loss.terms(outputs, targets),
+            mask=self.loss.mask(targets),
+        )
+
+    def update(self) -> None:
+        if self.preconditioner.step().applied:
+            super().update()
+
+    def traffic(self) -> int | None:
+        return sum(self.preconditioner.traffic.values()) if self.ranks.size > 1 else 0
+
+
+Make = Callable[[nn.Module, Loss, dict[str, Any], Ranks], Trained]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How a contender is made, and the package whose code it is."""
+
+    make: Make
+    package: str
+
+    def missing(self) -> str | None:
+        """Why it cannot take part; None if it can."""
+        try:
+            importlib.import_module(self.package)
+        except Exception as error:  # noqa: BLE001 - another project's package may fail in any way
+            return f"{self.package} cannot be imported: {error}"
+        return None
+
+
+def ours(
+    method: Callable[..., hk.Method],
+    lr: float = 1.0,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    kappa: float = 0.1,
+    control: str = "trust_region",
+    statistics: int = 10,
+    refresh: int = 50,
+    early: int = 10,
+    bf16: bool = True,
+    **settings: Any,
+) -> tuple[Callable[[nn.Module], Optimizer], dict[str, Any]]:
+    """Optimizer and components of one of our methods.
+
+    Args:
+        method: the method's class.
+        lr: learning rate of SGD.
+        momentum: of SGD, Nesterov's.
+        weight_decay: of SGD.
+        kappa: bound on the step.
+        control: trust_region or kl_clip.
+        statistics: interval.
+        refresh: interval from step `refresh` on.
+        early: interval before: the first factors age fastest.
+        bf16: rows and applied matrices in bfloat16.
+        settings: of the method.
+    """
+    controls = {"trust_region": hk.TrustRegion, "kl_clip": hk.KLClip}
+    precision = hk.Precision(apply=torch.bfloat16, moments=torch.bfloat16) if bf16 else hk.Precision()
+    components = {
+        "method": method(**settings),
+        "schedule": hk.Schedule(min(statistics, early), {0: early, refresh: refresh} if early < refresh else refresh),
+        "step_control": controls[control](kappa),
+        "precision": precision,
+    }
+    return lambda m: sgd(m, lr=lr, momentum=momentum, weight_decay=weight_decay), components
+
+
+def _ours(method: Callable[..., hk.Method], **fixed: Any) -> Contender:
+    def make(model: nn.Module, loss: Loss, settings: dict[str, Any], ranks: Ranks) -> Trained:
+        optimizer, components = ours(method, **fixed, **settings)
+        return Preconditioned(model, loss, ranks, optimizer(model), **components)
+
+    return Contender(make, "hpc_kfac")
+
+
+def _defaults(model: nn.Module, loss: Loss, settings: dict[str, Any], ranks: Ranks) -> Trained:
+    """The package as it comes: nothing is set."""
+    return Preconditioned(model, loss, ranks, sgd(model))
+
+
+def _sgd(model: nn.Module, loss: Loss, settings: dict[str, Any], ranks: Ranks) -> Trained:
+    return Trained(model, loss, ranks, [sgd(model, **settings)])
+
+
+def _adamw(model: nn.Module, loss: Loss, settings: dict[str, Any], ranks: Ranks) -> Trained:
+    return Trained(model, loss, ranks, [adamw(model, **{"weight_decay": 0.0, **settings})])
+
+
+class MuonTrained(Trained):
+    """torch's Muon for the weights of linear layers and, as matrices of a row a filter, of convolutions; else AdamW.
+
+    Args:
+        last: give it the last layer's weight too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        ranks: Ranks,
+        lr: float,
+        momentum: float = 0.95,
+        adamw_lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        last: bool = False,
+    ) -> None:
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        self._weights = [layer.weight for layer in (layers if last else layers[:-1])]
+        taken = {id(weight) for weight in self._weights}
+        # Matrices that share the weights' memory: torch's Muon takes two axes only.
+        self._matrices = [nn.Parameter(weight.detach().view(len(weight), -1)) for weight in self._weights]
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+        settings = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        muon = Muon(self._matrices, lr=lr, momentum=momentum, **settings)  # type: ignore[arg-type]
+        super().__init__(model, loss, ranks, [muon, AdamW(rest, lr=adamw_lr, weight_decay=weight_decay)])
+
+    def update(self) -> None:
+        for matrix, weight in zip(self._matrices, self._weights, strict=True):
+            assert weight.grad is not None
+            matrix.grad = weight.grad.reshape(matrix.shape)
+        super().update()
+
+
+def _muon(model: nn.Module, loss: Loss, settings: dict[str, Any], ranks: Ranks) -> Trained:
+    return MuonTrained(model, loss, ranks, **settings)
+
+
+OWN: dict[str, Contender] = {
+    "kfac": _ours(hk.KFAC, solver="cholesky"),
+    "kfac_defaults": Contender(_defaults, "hpc_kfac"),
+    "kfac_root": _ours(hk.KFAC, power=0.5, relative_damping=True),
+    "ekfac": _ours(hk.EKFAC),
+    "eva": _ours(hk.Eva),
+    "sample_matrix": _ours(hk.SampleMatrix),
+    "sgd": Contender(_sgd, "torch"),
+    "adamw": Contender(_adamw, "torch"),
+    "muon": Contender(_muon, "torch"),
+}
+OURS = "kfac"
+"""The contender that the others are compared with."""
