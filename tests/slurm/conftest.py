@@ -44,7 +44,7 @@ def slurm() -> Iterator[Sandbox]:
 
 
 @pytest.fixture(scope="session")
-def side_jobs(slurm: Sandbox) -> dict[str, Job]:
+def side_jobs(slurm: Sandbox) -> Iterator[dict[str, Job]]:
     """Jobs on the other two nodes, that take their time while the tests of node failures use the first two."""
     side = ["--partition=side"]
     limited = submit(
@@ -53,7 +53,10 @@ def side_jobs(slurm: Sandbox) -> dict[str, Job]:
     )  # fmt: skip
     short = ["--max_steps=20", "--task.arguments.seconds=0"]
     sweep = submit(slurm, "sweep", short, side, template="jobs/slurm/sweep.sbatch")
-    return {"limited": limited, **{f"sweep-{index}": part_of(sweep, index) for index in range(4)}, **chain(slurm)}
+    chained = chain(slurm)
+    yield {"limited": limited, **{f"sweep-{index}": part_of(sweep, index) for index in range(4)}, **chained}
+    for job in chained.values():
+        job.log.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

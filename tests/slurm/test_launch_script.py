@@ -147,7 +147,7 @@ def test_a_job_of_pbs_that_was_warned_is_submitted_again(pbs: dict[str, str], tm
     assert words[:3] == ["-N", "train", "-v"] and words[4] == "train.pbs"
     assert set(words[3].split(",")) == {"HPC_KFAC_NAME", "HPC_KFAC_RESUBMITTED", "HPC_KFAC_SITE"}
     follower = {**pbs, "PBS_JOBID": "later.server", "HPC_KFAC_NAME": "again", "HPC_KFAC_RESUBMITTED": "1"}
-    result = launch(follower, run_file(tmp_path))
+    result = launch(follower, run_file(tmp_path, 0.2))
     assert result.rc == 0 and "Goes on from step" in result.stdout, result.output
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -175,41 +173,14 @@ def test_a_sweep(slurm: Sandbox, side_jobs: dict[str, Job]):
 
 def test_a_chain(slurm: Sandbox, side_jobs: dict[str, Job]):
     first, second = side_jobs["chain-first"], side_jobs["chain-second"]
-    try:
-        assert second.until_ended(200) == "COMPLETED", first.output[-2000:] + second.output[-3000:]
-        assert first.complete and second.complete
-        assert f"init_from: {first.folder}" in second.output
-        assert second.trained_steps()[-1] == 20
-        # Of a chain that breaks the rest is dropped.
-        assert side_jobs["broken-chain-first"].until_ended(100) == "FAILED"
-        assert side_jobs["broken-chain-second"].until_ended(100) == "CANCELLED"
-        assert not side_jobs["broken-chain-second"].folder.exists()
-    finally:
-        for name, job in side_jobs.items():
-            if "chain" in name:
-                job.log.unlink(missing_ok=True)
-
-
-def test_submit_and_status(two_nodes: Sandbox):
-    """From the command to a complete run; the script goes to logs/, as a user has it."""
-    command = [sys.executable, "-m", "hpc_kfac", "submit", str(run_file(two_nodes)), "--site", "generic-cpu"]
-    command += ["--nodes", "2", "--ranks-per-node", "1", "--time", "10m", "--name", "submitted", "--"]
-    before = set((support.ROOT / "logs").iterdir())
-    try:
-        output = two_nodes.run(*command, "--max_steps", "20", PYTHONPATH=str(HERE))
-        number = re.search(r"\bjob (\d+)", output, re.I)
-        assert number is not None, output
-        folder = two_nodes.root / "runs" / f"submitted-{number[1]}"
-        two_nodes.until((folder / "metrics.jsonl").exists, 100, "the run has begun")
-        status = [sys.executable, "-m", "hpc_kfac", "status", str(folder), "--json"]
-        assert json.loads(two_nodes.run(*status))[0]["state"] in ("starting", "training", "complete")
-        assert two_nodes.until_ended(number[1]) == "COMPLETED"
-        (shown,) = json.loads(two_nodes.run(*status))
-        assert shown["state"] == "complete" and shown["step"] == 20
-    finally:
-        for path in set((support.ROOT / "logs").iterdir()) - before:
-            if path.name.startswith("submitted"):
-                path.unlink()
+    assert second.until_ended(200) == "COMPLETED", first.output[-2000:] + second.output[-3000:]
+    assert first.complete and second.complete
+    assert f"init_from: {first.folder}" in second.output
+    assert second.trained_steps()[-1] == 20
+    # Of a chain that breaks the rest is dropped.
+    assert side_jobs["broken-chain-first"].until_ended(100) == "FAILED"
+    assert side_jobs["broken-chain-second"].until_ended(100) == "CANCELLED"
+    assert not side_jobs["broken-chain-second"].folder.exists()
 
 
 def test_the_template_of_pbs_through_slurms_qsub(two_nodes: Sandbox):
