@@ -68,7 +68,7 @@ def bench(arguments: list[str], ranks: Ranks) -> None:
     else:
         measured = _memory(comparison, measure=False)
     if ranks.rank == 0:
-        write_report(report.figures(comparison, left_out, measured), given.store, comparison)
+        write_report(report.figures(comparison, left_out, measured), given.store)
     ranks.broadcast(None)
 
 
@@ -117,7 +117,7 @@ def _memory(comparison: Comparison, measure: bool) -> dict[str, dict[str, Any]]:
     return {contender: store.get(key) or {} for contender, key in keys.items()}
 
 
-def write_report(found: dict[str, Any], folder: Path, comparison: Comparison) -> None:
+def write_report(found: dict[str, Any], folder: Path) -> None:
     """Writes and prints the table, and writes figures and picture beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{found['task']}-{found['ranks']}"
