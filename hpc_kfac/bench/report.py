@@ -31,6 +31,7 @@ def figures(comparison: Comparison, left_out: dict[str, str], memory: dict[str, 
     """
     task = comparison.task
     targets: dict[str, float | None] = {**comparison.targets()} or {"none: its reference has not been run": None}
+    choices = comparison.targets(seeds=False)  # those that seeds were spent on
     return {
         "task": task.name,
         "figure": task.figure,
@@ -40,15 +41,17 @@ def figures(comparison: Comparison, left_out: dict[str, str], memory: dict[str, 
         "machine": comparison.machine,
         "lengths": comparison.lengths,
         "targets": [
-            {"words": words, "figure": target, "rows": _rows(comparison, target, memory)}
+            {"words": words, "figure": target, "rows": _rows(comparison, target, choices.get(words), memory)}
             for words, target in targets.items()
         ],
         "left_out": left_out,
     }
 
 
-def _rows(comparison: Comparison, target: float | None, memory: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = [_row(comparison, contender, target, memory.get(contender, {})) for contender in comparison.contenders]
+def _rows(
+    comparison: Comparison, target: float | None, choice: float | None, memory: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    rows = [_row(comparison, name, target, choice, memory.get(name, {})) for name in comparison.contenders]
     ours = next((row["seconds"][0] for row in rows if row["contender"] == OURS and row["seconds"]), None)
     for row in rows:
         median = row["seconds"][0] if row["seconds"] else None
@@ -61,7 +64,9 @@ def _rows(comparison: Comparison, target: float | None, memory: dict[str, dict[s
     return sorted(rows, key=rank)
 
 
-def _row(comparison: Comparison, contender: str, target: float | None, memory: dict[str, Any]) -> dict[str, Any]:
+def _row(
+    comparison: Comparison, contender: str, target: float | None, choice: float | None, memory: dict[str, Any]
+) -> dict[str, Any]:
     task = comparison.task
     tried = comparison.tried(contender)
     row: dict[str, Any] = {
@@ -74,7 +79,7 @@ def _row(comparison: Comparison, contender: str, target: float | None, memory: d
         **dict.fromkeys(("averaging", "gradient_bytes", "other_bytes", "curves")),
         "memory_bytes": memory.get("bytes"),
     }
-    point = comparison.chosen(contender, target)
+    point = comparison.chosen(contender, choice)
     if point is None:
         return row
     results = comparison.results(contender, *point)
@@ -198,6 +203,9 @@ def picture(found: dict[str, Any], path: Path) -> str | None:
         axes.set(xlabel=words, ylabel=found["figure"])
         if found["lower_is_better"]:
             axes.set_yscale("log")
+            starts = [curve[0][2] for row in rows for curve in row["curves"] if curve and curve[0][2] is not None]
+            if starts:  # a run that blew up would press the others into a line
+                axes.set_ylim(top=2 * statistics.median(starts))
     axes.legend(fontsize="small")
     figure.suptitle(f"{found['task']}, {found['ranks']} rank(s); dotted: {target['words']}", fontsize="medium")
     figure.savefig(path, dpi=120)

@@ -121,6 +121,22 @@ def test_figures_of_known_runs(tmp_path: Path) -> None:
     assert "| 2 (1.5 to never) | 1.00 | 20 (15 to never) | 2 of 3 |" in report.markdown(report.figures(made, {}, {}))
 
 
+def test_what_is_reported_is_what_seeds_were_spent_on(tmp_path: Path) -> None:
+    """Seeds move the target, but not the choice."""
+    task = replace(TASKS["digits"], seconds=9.0)
+    made = comparison(tmp_path, {"adamw": [{}], "sgd": [{}]}, task=task)
+    for length in made.lengths:
+        pretend(made, Spec("adamw", {}, length, 0), [(length, 10, 0.4)])
+        pretend(made, Spec("sgd", {}, length, 0), [(length, 10, {1.0: 0.9, 3.0: 0.45, 9.0: 0.3}[length])])
+    assert made.finals()["sgd"] == [({}, 9.0)]
+    for seed in (1, 2):
+        pretend(made, Spec("adamw", {}, 9.0, seed), [(9.0, 10, 0.5)])
+        pretend(made, Spec("sgd", {}, 9.0, seed), [(6.0, 5, 0.3)])
+    (target,) = report.figures(made, {}, {})["targets"]
+    row = next(row for row in target["rows"] if row["contender"] == "sgd")
+    assert target["figure"] == 0.5 and (row["length"], row["seeds"], row["seconds"]) == (9.0, 3, [6.0, 6.0, 9.0])
+
+
 def test_where_more_is_better() -> None:
     task = replace(TASKS["cnn"], references=())
     result = Result([(1.0, 5, 0.7), (2.0, 9, 0.9), (3.0, 14, 0.8)])
