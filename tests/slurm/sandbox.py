@@ -56,6 +56,7 @@ SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
 SlurmdTimeout=5
 KillWait=3
+MinJobAge=3600
 MessageTimeout=5
 BatchStartTimeout=10
 CompleteWait=0
