@@ -112,7 +112,9 @@ class Comparison:
         seconds = sum(spec.seconds for spec in specs)
         start = time.monotonic()
         if self._late(self._overhead * seconds):
-            raise OutOfTime(f"the next runs take about {self._overhead * seconds / 60:.1f} minutes")
+            raise OutOfTime(
+                f"the next {len(specs)} runs, which take turns, need about {self._overhead * seconds / 60:.1f} minutes"
+            )
         self.say(f"{specs[0].seconds:g} s, seed {specs[0].seed}: " + ", ".join(spec.contender for spec in specs))
         with self.ranks.agreed():
             data = self.task.make(specs[0].seed, self.data)

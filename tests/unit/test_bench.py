@@ -172,7 +172,7 @@ def test_a_budget_is_kept(tmp_path: Path) -> None:
         complete(specs)
 
     started._complete = some  # type: ignore[method-assign]
-    with pytest.raises(OutOfTime, match="the next runs take about"):
+    with pytest.raises(OutOfTime, match="the next 2 runs, which take turns, need about"):
         started.run()
     assert started.ran == 4
     assert "none: its reference" in report.markdown(report.figures(started, {}, {}))
