@@ -188,7 +188,7 @@ def test_the_template_of_pbs_through_slurms_qsub(two_nodes: Sandbox):
     if shutil.which("qsub") is None or "Slurm" not in Path(shutil.which("qsub") or "").read_text(errors="replace"):
         pytest.skip("Slurm's qsub (slurm-wlm-torque) is not installed")
     variables = {"HPC_KFAC_RUN": str(run_file(two_nodes)), "HPC_KFAC_HOME": str(support.ROOT), "PYTHONPATH": str(HERE)}
-    words = ["-N", "through-qsub", "-o", str(two_nodes.root / "qsub.log"), "-V"]
+    words = ["-N", "through-qsub", "-o", str(two_nodes.root / "qsub.log"), "-e", str(two_nodes.root / "qsub.err"), "-V"]
     output = two_nodes.run(
         "qsub", *words, "jobs/pbs/train.pbs", HPC_KFAC_SETTINGS="--max_steps 10", **variables
     )  # fmt: skip
