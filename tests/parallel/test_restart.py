@@ -28,6 +28,7 @@ SAMPLES = ["--task.arguments", '{"samples": 200}', "--global_batch", "60", "--ep
 EXACT = [f"--precision.{role}=float64" for role in ("factors", "solve", "apply")]
 OFTEN = ["--schedule.statistics", "1", "--schedule.refresh", "3"]
 DOUBLE = [*DOUBLE_DIGITS, *SAMPLES, *EXACT, *OFTEN]
+LEVENBERG_MARQUARDT = "{class_path: hpc_kfac.LevenbergMarquardt, init_args: {initial: 1.0, interval: 2}}"
 LATE = [*OFTEN, "--schedule.lag", "2"]
 
 
@@ -96,8 +97,7 @@ CASES = {
     "ddp": [*DOUBLE, "--averaging", "ddp", "--optimizer", "adamw"],
     "muon": [*DOUBLE, "--averaging", "mpi4py", "--optimizer", "muon", "--checkpoint.asynchronous", "false"],
     "none": [*DOUBLE, "--method", "none"],
-    "adapted damping": [*DOUBLE, "--averaging", "mpi4py", "--method.damping", "{class_path: hpc_kfac.LevenbergMarquardt,"
-                        " init_args: {initial: 1.0, interval: 2}}"],
+    "adapted damping": [*DOUBLE, "--averaging", "mpi4py", "--method.damping", LEVENBERG_MARQUARDT],
     "batch norm": ["--task", "user", "--task.function", "trainer_tasks:norm_digits", "--task.metric", "accuracy",
                    "--global_batch", "300", "--epochs", "3", *OFTEN],
     "fp16": ["--autocast", "fp16", "--global_batch", "300", "--epochs", "3", *OFTEN],
