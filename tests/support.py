@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +81,16 @@ def run_mpi(
 
 
 def run(command: list[str], timeout: float, env: dict[str, str], cwd: Path) -> Result:
-    """Runs a command; when its time is up it is killed with all its descendants."""
+    """Runs a command; when its time is up it is killed with all its descendants.
+
+    It gets a folder of its own for temporary files: what a killed mpirun leaves keeps a later one with the same process
+    number from starting.
+    """
+    with tempfile.TemporaryDirectory(prefix="mpi-", ignore_cleanup_errors=True) as folder:
+        return _run(command, timeout, env | {"TMPDIR": folder}, cwd)
+
+
+def _run(command: list[str], timeout: float, env: dict[str, str], cwd: Path) -> Result:
     start = time.monotonic()
     process = subprocess.Popen(
         command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -11,7 +11,7 @@ import torch
 
 import hpc_kfac as hk
 from hpc_kfac import checkpoint
-from parallel.small_training import DOUBLE, METHODS, AllKinds, train
+from parallel.small_training import METHODS, AllKinds, train
 from parallel.test_placements import RATES
 
 END = 8
@@ -63,10 +63,9 @@ def test_same_ranks_same_bits(comm, folder, name):
 
 @pytest.mark.ranks(1, 3, timeout=400)
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("precision", [DOUBLE, hk.Precision()], ids=["float64", "float32"])
-def test_every_method(comm, folder, name, precision):
-    whole, _ = train(comm, METHODS[name](), steps=END, schedule=OFTEN, precision=precision, net=AllKinds)
-    after = stopped(comm, METHODS[name](), folder, 5, precision=precision, net=AllKinds)
+def test_every_method(comm, folder, name):
+    whole, _ = train(comm, METHODS[name](), steps=END, schedule=OFTEN, precision=hk.Precision(), net=AllKinds)
+    after = stopped(comm, METHODS[name](), folder, 5, precision=hk.Precision(), net=AllKinds)
     assert torch.equal(after, whole)
 
 

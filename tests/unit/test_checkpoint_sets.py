@@ -103,10 +103,18 @@ def test_parts_of_a_verification_cover_all_files(tmp_path: Path) -> None:
     failures = []
     for part in range(3):
         try:
-            sets.verify(path, part, 3)
+            manifest = sets.verify_bytes(path, part, 3)
         except BrokenCheckpoint as error:
             failures.append((part, str(error)))
     assert len(failures) == 1 and failures[0][0] == 0 and "rank-00002.h5" in failures[0][1]
+    (path / "rank-00002.h5").write_bytes(b"no HDF5")
+    failures = []
+    for part in range(3):
+        try:
+            sets.verify_structure(path, manifest, part, 3)
+        except BrokenCheckpoint as error:
+            failures.append((part, str(error)))
+    assert len(failures) == 1 and "rank-00002.h5" in failures[0][1]
 
 
 def test_a_set_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:

@@ -31,4 +31,8 @@ def save_in_little_space(checkpoints: Checkpoints, *words: Any) -> None:
 
 
 Checkpoints.save = save_in_little_space  # type: ignore[method-assign]
-sys.exit(cli.main())
+try:
+    sys.exit(cli.main())
+finally:  # what the process writes at its exit is not the run's
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
