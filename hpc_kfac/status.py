@@ -18,11 +18,11 @@ from hpc_kfac.checkpoint.sets import list_sets, step_of
 from hpc_kfac.training import lease
 from hpc_kfac.training.launch import INTERRUPTED, InputError
 from hpc_kfac.training.run_folder import DONE, STOPPED
+from hpc_kfac.training.stop import scheduler_answer
 
 TAIL = 256 * 1024  # bytes of the metrics that are read; rows of large models have some kB
 RECENT = 5  # rows of metrics whose step times tell the time that is left
 STALE = 30.0  # seconds without a sign of life; the lease is renewed every 5
-PATIENCE = 10.0  # seconds for an answer of the scheduler
 JOBS = {"SLURM_JOB_ID": "slurm", "PBS_JOBID": "pbs", "LSB_JOBID": "lsf"}
 WAITING = {
     *("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"),
@@ -262,26 +262,18 @@ def ask_scheduler(jobs: set[Job], environ: Mapping[str, str]) -> dict[Job, str]:
 
 def _slurm(environ: Mapping[str, str]) -> dict[str, str]:
     # All of the user's: asked for one job that is gone, squeue fails.
-    lines = _answer(["squeue", "-h", "--me", "-o", "%A %T"], environ).splitlines()
+    lines = scheduler_answer(["squeue", "-h", "--me", "-o", "%A %T"], environ).splitlines()
     return dict(line.split(maxsplit=1) for line in lines if " " in line)
 
 
 def _pbs(environ: Mapping[str, str]) -> dict[str, str]:
-    text = _answer(["qstat", "-f", "-F", "json"], environ)  # all: asked for one that is gone, qstat fails
+    text = scheduler_answer(["qstat", "-f", "-F", "json"], environ)  # all: asked for one that is gone, qstat fails
     return {job: facts["job_state"] for job, facts in json.loads(text).get("Jobs", {}).items()}
 
 
 def _lsf(environ: Mapping[str, str]) -> dict[str, str]:
-    lines = _answer(["bjobs", "-noheader", "-o", "jobid stat"], environ).splitlines()
+    lines = scheduler_answer(["bjobs", "-noheader", "-o", "jobid stat"], environ).splitlines()
     return dict(re.findall(r"^(\d+)\s+(\w+)", "\n".join(lines), re.M))
-
-
-def _answer(command: list[str], environ: Mapping[str, str]) -> str:
-    result = subprocess.run(
-        command, env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
-        timeout=PATIENCE,
-    )  # fmt: skip
-    return result.stdout
 
 
 # Text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpc_kfac.bench.contenders import OWN, Contender, Trained
+from hpc_kfac.training.averaging import start_process_group
 from hpc_kfac.training.launch import Ranks
 from hpc_kfac.training.losses import Loss
 from hpc_kfac.training.optimizers import sgd
@@ -98,7 +98,7 @@ class KAISATrained(Trained):
     ) -> None:
         from kfac.preconditioner import KFACPreconditioner
 
-        process_group(ranks, next(model.parameters()).device)
+        _process_group(model, ranks)
         optimizer = sgd(model, lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(model, loss, ranks, [optimizer])
         self._preconditioner = KFACPreconditioner(
@@ -131,7 +131,7 @@ class MetaTrained(Trained):
     ) -> None:
         import distributed_shampoo as ds
 
-        process_group(ranks, next(model.parameters()).device)
+        _process_group(model, ranks)
         if soap:
             settings["preconditioner_config"] = ds.DefaultSOAPConfig
         else:
@@ -154,20 +154,10 @@ def _meta(soap: bool) -> Contender:
     return Contender(make, "distributed_shampoo")
 
 
-def process_group(ranks: Ranks, device: torch.device) -> None:
-    """torch.distributed among the ranks that MPI started, once, for packages that know nothing else. Collective."""
-    if ranks.size == 1 or torch.distributed.is_initialized():
-        return
-    store = None
-    if ranks.rank == 0:
-        host = "127.0.0.1" if ranks.local_size == ranks.size else socket.getfqdn()
-        store = torch.distributed.TCPStore(host, 0, ranks.size, is_master=True, wait_for_workers=False)
-        ranks.broadcast((host, store.port))
-    else:
-        host, port = ranks.broadcast(None)
-        store = torch.distributed.TCPStore(host, port, ranks.size, is_master=False)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size)
+def _process_group(model: nn.Module, ranks: Ranks) -> None:
+    """torch.distributed, once, for packages that know nothing else. Collective."""
+    if ranks.size > 1 and not torch.distributed.is_initialized():
+        start_process_group(ranks, next(model.parameters()).device)
 
 
 CONTENDERS: dict[str, Contender] = {

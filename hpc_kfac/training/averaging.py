@@ -209,17 +209,7 @@ class DDPAveraging(_Plain):
     def __init__(self, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
         super().__init__(model, optimizer)
         device = next(model.parameters()).device
-        # Rank 0 listens on a port that the system chose; one machine needs no name service.
-        store = None
-        if ranks.rank == 0:
-            host = "127.0.0.1" if ranks.local_size == ranks.size else socket.getfqdn()
-            store = torch.distributed.TCPStore(host, 0, ranks.size, is_master=True, wait_for_workers=False)
-            ranks.broadcast((host, store.port))
-        else:
-            host, port = ranks.broadcast(None)
-            store = torch.distributed.TCPStore(host, port, ranks.size, is_master=False)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size)
+        backend = start_process_group(ranks, device)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self._ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
@@ -232,6 +222,22 @@ class DDPAveraging(_Plain):
 
     def close(self) -> None:
         torch.distributed.destroy_process_group()
+
+
+def start_process_group(ranks: Ranks, device: torch.device) -> str:
+    """Starts torch.distributed among the ranks that MPI started, over the backend that is returned. Collective."""
+    # Rank 0 listens on a port that the system chose; one machine needs no name service.
+    store = None
+    if ranks.rank == 0:
+        host = "127.0.0.1" if ranks.local_size == ranks.size else socket.getfqdn()
+        store = torch.distributed.TCPStore(host, 0, ranks.size, is_master=True, wait_for_workers=False)
+        ranks.broadcast((host, store.port))
+    else:
+        host, port = ranks.broadcast(None)
+        store = torch.distributed.TCPStore(host, port, ranks.size, is_master=False)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size)
+    return backend
 
 
 def _reduce_each(bucket: Any) -> torch.futures.Future[Tensor]:

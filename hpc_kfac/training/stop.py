@@ -120,12 +120,12 @@ def scheduler_deadline(environ: Mapping[str, str]) -> float | None:
 def _slurm(job: str, environ: Mapping[str, str]) -> float:
     if environ.get("SLURM_JOB_END_TIME", "").isdigit():
         return float(environ["SLURM_JOB_END_TIME"])
-    lines = _answer(["squeue", "-h", "-j", job, "-o", "%L"], environ).split()
+    lines = scheduler_answer(["squeue", "-h", "-j", job, "-o", "%L"], environ).split()
     return time.time() + _seconds(lines[0])  # UNLIMITED and NOT_SET are no durations
 
 
 def _pbs(job: str, environ: Mapping[str, str]) -> float:
-    (facts,) = json.loads(_answer(["qstat", "-f", "-F", "json", job], environ))["Jobs"].values()
+    (facts,) = json.loads(scheduler_answer(["qstat", "-f", "-F", "json", job], environ))["Jobs"].values()
     limit = _seconds(facts["Resource_List"]["walltime"])
     # Not resources_used.walltime: it is minutes old.
     return time.mktime(time.strptime(facts["stime"], "%a %b %d %H:%M:%S %Y")) + limit
@@ -134,14 +134,15 @@ def _pbs(job: str, environ: Mapping[str, str]) -> float:
 def _lsf(job: str, environ: Mapping[str, str]) -> float:
     index = environ.get("LSB_JOBINDEX", "0")
     which = job if index in ("", "0") else f"{job}[{index}]"
-    text = _answer(["bjobs", "-noheader", "-o", "time_left", which], environ)
+    text = scheduler_answer(["bjobs", "-noheader", "-o", "time_left", which], environ)
     found = re.match(r"(\d+):(\d+)\b", text.strip())  # hours, minutes, and a letter for what kind of limit it is
     if found is None:
         raise ValueError(text)
     return time.time() + 3600 * int(found[1]) + 60 * int(found[2])
 
 
-def _answer(command: list[str], environ: Mapping[str, str]) -> str:
+def scheduler_answer(command: list[str], environ: Mapping[str, str]) -> str:
+    """What a command of the scheduler prints; an exception if it fails or is not there in time."""
     result = subprocess.run(
         command, env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
         timeout=PATIENCE,

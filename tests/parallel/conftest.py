@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+
+
+@pytest.fixture
+def folder(comm):
+    """One folder for all ranks."""
+    path = comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None)
+    yield Path(path)
+    comm.Barrier()
+    if comm.rank == 0:
+        shutil.rmtree(path)
 
 
 @pytest.fixture

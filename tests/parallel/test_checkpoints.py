@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -32,16 +28,6 @@ PLACEMENTS = {
     "bf16 payload": {"precision": hk.Precision(torch.float64, torch.float64, torch.float64, payload=torch.bfloat16)},
     "accumulating": {"accumulation": 2, "fisher": "sampled"},
 }
-
-
-@pytest.fixture
-def folder(comm):
-    """One folder for all ranks."""
-    path = comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None)
-    yield Path(path)
-    comm.Barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
 
 
 def stopped(comm, method, folder, step, **settings):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -42,16 +40,6 @@ class StopAfter(StopRequests):
     @property
     def wanted(self) -> bool:
         return self._step_now() + 1 >= self._steps
-
-
-@pytest.fixture
-def folder(comm):
-    """One folder for all ranks."""
-    path = comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None)
-    yield Path(path)
-    comm.Barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
 
 
 def go(words: list[str], ranks: Ranks, folder: Path, stop: int | None = None) -> tuple[Setup, Counter]:

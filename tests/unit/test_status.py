@@ -12,7 +12,7 @@ import pytest
 
 from hpc_kfac import cli, status
 from hpc_kfac.status import Status, find_runs, look, table
-from hpc_kfac.training import config
+from hpc_kfac.training import config, stop
 from hpc_kfac.training.launch import InputError, Ranks, RunInterrupted, RunStopped
 from hpc_kfac.training.run import run
 
@@ -124,7 +124,7 @@ def test_a_silent_run_and_its_scheduler(folder: Path, tmp_path: Path, answer: st
 
 
 def test_a_scheduler_that_does_not_answer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "PATIENCE", 0.2)
+    monkeypatch.setattr(stop, "PATIENCE", 0.2)
     began = time.monotonic()
     assert only(folder, squeue(tmp_path, "exec sleep 30")).job_state == "unknown"
     assert time.monotonic() - began < 5
