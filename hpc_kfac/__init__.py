@@ -1,7 +1,7 @@
 """Second-order training of deep networks on supercomputers: Kronecker-factored curvature spread over MPI ranks."""
 
 from hpc_kfac.consistency import WeightsDiffer
-from hpc_kfac.damping import Damping, LevenbergMarquardt, ScheduledDamping
+from hpc_kfac.damping import AnnealedDamping, Damping, LevenbergMarquardt, ScheduledDamping
 from hpc_kfac.distributed import Kaisa, Rates
 from hpc_kfac.fisher import BinaryCrossEntropy, CrossEntropy, OutputDistribution, SquaredError
 from hpc_kfac.methods import EKFAC, KFAC, Eva, Method, SampleMatrix
@@ -9,7 +9,7 @@ from hpc_kfac.owner_optimizer import OwnerOptimizer
 from hpc_kfac.precision import Precision
 from hpc_kfac.preconditioner import Preconditioner, TrainingDiverged
 from hpc_kfac.schedule import Schedule, Similarity, TraceChange
-from hpc_kfac.step_control import FixedNorm, KLClip, TrustRegion
+from hpc_kfac.step_control import FixedNorm, KLClip, Orthogonal, TrustRegion
 from hpc_kfac.step_report import LayerReport, StepReport
 
 __version__ = "0.1.0"
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EKFAC",
     "KFAC",
+    "AnnealedDamping",
     "BinaryCrossEntropy",
     "CrossEntropy",
     "Damping",
@@ -27,6 +28,7 @@ __all__ = [
     "LayerReport",
     "LevenbergMarquardt",
     "Method",
+    "Orthogonal",
     "OutputDistribution",
     "OwnerOptimizer",
     "Precision",

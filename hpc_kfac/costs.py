@@ -140,6 +140,9 @@ def resident_bytes(problem: Problem, rank: int) -> dict[str, dict[str, int]]:
     table: dict[str, dict[str, int]] = {}
     for name in problem.shapes:
         table[name] = {"running": 0, "solved": 0}
+        if problem.momentum:
+            here = problem.assignment.works_on(rank, name)
+            table[name]["momentum"] = here * problem.shapes[name].parameters * problem.precision.wire.itemsize
         for spec in problem.specs[name]:
             itemsize = problem.precision.stored(spec).itemsize
             here = problem.holds(rank, name, spec)

@@ -19,8 +19,13 @@ class Damping:
     def __init__(self, value: float) -> None:
         self.current = positive("damping", value)
 
-    def at(self, step: int) -> float:
-        """The damping of a step."""
+    def at(self, step: int, learning_rate: float) -> float:
+        """The damping of a step.
+
+        Args:
+            step: its number.
+            learning_rate: the optimizer's; the largest of its groups that have preconditioned layers.
+        """
         return self.current
 
     def raise_by(self, factor: float) -> None:
@@ -60,7 +65,7 @@ class ScheduledDamping(Damping):
         super().load_state_dict(state)
         self.raised = float(state.get("raised", 1.0))
 
-    def at(self, step: int) -> float:
+    def at(self, step: int, learning_rate: float) -> float:
         before = [s for s in self.points if s <= step]
         after = [s for s in self.points if s > step]
         if not before:
@@ -73,6 +78,42 @@ class ScheduledDamping(Damping):
             found = math.exp((1 - share) * math.log(self.points[start]) + share * math.log(self.points[end]))
         self.current = self.raised * found
         return self.current
+
+
+class AnnealedDamping(Damping):
+    """Damping that falls with the learning rate: value * max(floor, (rate / largest rate so far)^power).
+
+    While steps are long, noise sets how much damping is needed; as the schedule shortens them, the curvature can be
+    trusted further, and directions of little curvature still have far to go.
+
+    Args:
+        value: damping at the largest learning rate, also during a warm-up.
+        power: how fast it falls; 1 keeps it in proportion to the learning rate.
+        floor: least share of it.
+    """
+
+    def __init__(self, value: float, power: float = 2.0, floor: float = 0.05) -> None:
+        super().__init__(value)
+        self.power, self.floor = positive("damping power", power), positive("damping floor", floor)
+        if floor > 1:
+            raise ValueError(f"damping floor is {floor}; give a share, above 0 and up to 1")
+        self.value, self.largest = self.current, 0.0
+
+    def raise_by(self, factor: float) -> None:
+        self.value *= factor
+
+    def at(self, step: int, learning_rate: float) -> float:
+        self.largest = max(self.largest, learning_rate)
+        share = learning_rate / self.largest if self.largest > 0 else 1.0
+        self.current = self.value * max(self.floor, share**self.power)
+        return self.current
+
+    def state_dict(self) -> dict[str, float]:
+        return {**super().state_dict(), "value": self.value, "largest": self.largest}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        super().load_state_dict(state)
+        self.value, self.largest = float(state["value"]), float(state["largest"])
 
 
 class LevenbergMarquardt(Damping):

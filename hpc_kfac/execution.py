@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpc_kfac.agreement import Agreed, Agreement
 from hpc_kfac.distributed.buffers import BufferPool
@@ -313,16 +313,28 @@ class Executor:
     def _precondition(self, operation: Operation) -> None:
         (name,) = operation.layers
         layer, shape, state = self._layers[name], self._problem.shapes[name], self._states[name]
-        gradient = layer.gradient(self._workspace)
-        update = gradient
+        fresh = layer.gradient(self._workspace)
+        gradient = update = self._averaged(fresh, state)
         view = state.view()
         if self._is_ready(name, view):
             update = self._problem.method.precondition(gradient, view, shape, self._inputs.damping, self._workspace)
         self.agreement.measure(name, update, gradient, self._inputs.log)
         if isinstance(self._control, FixedNorm):
-            update = update * (self._control.norm / update.norm().clamp(min=torch.finfo(update.dtype).tiny))
-        if update is not gradient:
+            layer.set_gradient(self._control.bound(update))
+        elif update is not fresh:
             layer.set_gradient(update)
+
+    def _averaged(self, gradient: Tensor, state: LayerState) -> Tensor:
+        """The gradient, or what momentum makes of it, in the workspace."""
+        momentum = self._control.momentum if isinstance(self._control, FixedNorm) else 0.0
+        if not momentum:
+            return gradient
+        average = state.momentum.get("average")
+        if average is None:
+            state.momentum["average"] = gradient.clone()
+            return gradient
+        average.lerp_(gradient, 1.0 - momentum)
+        return torch.lerp(gradient, average, momentum, out=self._workspace.like("averaged", gradient))
 
     def _is_ready(self, name: str, view: State) -> bool:
         """Whether the layer has what the method needs; before its first statistics it takes the plain gradient."""
@@ -339,6 +351,9 @@ class Executor:
             solvers = self._problem.assignment.solvers[layer, part]
             refreshed += 1.0 / len(units) / len(solvers)
         self._agreed = self.agreement.reduce(self._inputs, refreshed, self.solver.failures, self._changes())
+        if not self._agreed.applied:
+            for state in self._states.values():  # what is not finite would stay so
+                state.momentum.clear()
 
     def _changes(self) -> dict[str, float | None]:
         """By layer whose refresh began: how much its factors have changed, measured by its owner alone."""

@@ -30,7 +30,7 @@ from hpc_kfac.methods.method import Method
 from hpc_kfac.precision import Precision
 from hpc_kfac.reduction_ratio import ReductionRatio
 from hpc_kfac.schedule import RefreshTimes, Schedule
-from hpc_kfac.step_control import KLClip, StepControl
+from hpc_kfac.step_control import FixedNorm, KLClip, StepControl
 from hpc_kfac.step_plan import Due, Operation
 from hpc_kfac.step_report import LayerState, StepInputs, StepReport
 from hpc_kfac.timing import Timeline
@@ -52,7 +52,7 @@ class Preconditioner:
         method: the curvature method.
         placement: which ranks decompose and precondition which layers.
         schedule: when statistics are taken and factors decomposed.
-        step_control: KLClip, TrustRegion, FixedNorm or None.
+        step_control: KLClip, TrustRegion, FixedNorm, Orthogonal or None.
         fisher: "empirical" uses the training gradients; "sampled" draws labels from the model, "exact" sums over all
             outputs; these two need `observe` on every step.
         precision: dtypes of running averages, decompositions and application.
@@ -126,6 +126,8 @@ class Preconditioner:
         self._problem = make_problem(
             shapes, self.method, placement or Kaisa(), self.precision, self._comm, self._device
         )
+        if isinstance(step_control, FixedNorm) and step_control.momentum:
+            self._problem = replace(self._problem, momentum=True)
         self._times = RefreshTimes(self.schedule, refresh_flops(self._problem))
         self.timeline = Timeline(self._comm.rank)
         self._executor = Executor(
@@ -205,9 +207,9 @@ class Preconditioner:
         """
         if self._check_weights_every and self.steps % self._check_weights_every == 0 and self._comm.size > 1:
             check_weights(dict(self._model.named_parameters()), self.trainers, self.steps)
-        inputs = StepInputs(
-            self.steps, self.damping.at(self.steps), self._learning_rates(), scalars or {}, log, self._collector.fold
-        )
+        rates = self._learning_rates()
+        damping = self.damping.at(self.steps, max(rates.values()))
+        inputs = StepInputs(self.steps, damping, rates, scalars or {}, log, self._collector.fold)
         self._ratio.due = isinstance(self.damping, LevenbergMarquardt) and self.damping.due(self.steps)
         if self._ratio.due:
             self._ratio.remember()

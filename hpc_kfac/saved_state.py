@@ -35,6 +35,7 @@ def save(states: Mapping[str, LayerState]) -> dict[str, Any]:
             "running": dict(state.running),
             "solved": dict(state.solved),
             "remembered": dict(state.remembered),
+            "momentum": dict(state.momentum),
         }
         for name, state in states.items()
     }
@@ -58,6 +59,7 @@ def restore(saved: Mapping[str, Any], problem: Problem, device: torch.device) ->
             weight=layer["weight"],
             refreshed=dict(layer["refreshed"]),
             remembered=_own(layer["remembered"], device),
+            momentum=_own(layer["momentum"], device),
             local=layer["local"],
         )
         for name, layer in saved.items()
@@ -108,6 +110,7 @@ def _layer_share(name: str, state: LayerState, problem: Problem, rank: int) -> d
     entry: dict[str, Any] = {"weight": state.weight, "local": state.local, "running": marked(running)}
     if owns:
         entry |= {"solved": marked(state.solved), "remembered": marked(state.remembered)}
+        entry["momentum"] = dict(state.momentum)
         entry["refreshed"] = dict(state.refreshed)
     return entry
 
@@ -205,6 +208,8 @@ def _take_layer(name: str, shares: Shares, problem: Problem, rank: int, device: 
         state.refreshed = dict(owned["refreshed"])
     if owns:
         state.remembered = _own(owned["remembered"], device)
+    if problem.momentum and problem.assignment.works_on(rank, name):
+        state.momentum = _own(owned.get("momentum", {}), device)  # sets of version 0.1 have none
     return state
 
 

@@ -9,7 +9,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from hpc_kfac.damping import positive
+from hpc_kfac.linalg.orthogonal import orthogonal
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,52 @@ class TrustRegion(KLClip):
 
 @dataclass(frozen=True)
 class FixedNorm:
-    """Every layer's update is scaled to a Frobenius norm of `norm`: only its direction is kept.
+    """Every layer's update is scaled to a root mean square of `rms`: only its direction is kept.
+
+    With `momentum` not the gradient D is preconditioned but its moving average, ahead by one step (Nesterov):
+    m = momentum * m + (1 - momentum) * D, then (1 - momentum) * D + momentum * m. Leave the optimizer's own momentum at
+    0 then. Averaging before the length is fixed keeps noise from setting the length.
 
     Args:
-        norm: the norm of a layer's update before the learning rate.
+        rms: root mean square of a layer's update before the learning rate. Adam's is about 0.2, so with 0.2 learning
+            rates carry over from there (Liu et al. 2025).
+        momentum: weight of the old average of gradients, from 0 up to below 1; 0 keeps none.
+
+    Raises:
+        ValueError: a setting out of range.
     """
 
-    norm: float = 1.0
+    rms: float = 0.2
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        positive("norm", self.norm)
+        positive("rms", self.rms)
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum is {self.momentum}; give a number from 0 up to below 1")
+
+    def bound(self, update: Tensor) -> Tensor:
+        """Brings the update [p, o, a] to its length, in place."""
+        length = self.rms * math.sqrt(update.numel())
+        return update.mul_(length / update.norm().clamp(min=torch.finfo(update.dtype).tiny))
+
+
+@dataclass(frozen=True)
+class Orthogonal(FixedNorm):
+    """As `FixedNorm`, and before that all singular values of the update become about 1 (Muon, Jordan et al. 2024).
+
+    Of a block's preconditioned gradient U S V^T remains U V^T, by Newton-Schulz iterations. For layers
+    whose mean gradient is far from the per-sample ones that the factors describe, as in transformers.
+
+    Args:
+        rms: root mean square of a layer's update before the learning rate.
+        momentum: weight of the old average of gradients, from 0 up to below 1; 0 keeps none.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def bound(self, update: Tensor) -> Tensor:
+        return super().bound(update.copy_(orthogonal(update)))
 
 
 StepControl = KLClip | FixedNorm | None

@@ -82,6 +82,7 @@ class LayerState:
         weight: loss terms that this rank's share of the running averages stands for.
         refreshed: by part, the step in which the decomposition in use began.
         remembered: what an adaptive schedule compares the next factors with.
+        momentum: the "average" [p, o, a] of gradients, where the step control keeps one.
         local: statistics were folded since the running averages were last reduced.
     """
 
@@ -90,6 +91,7 @@ class LayerState:
     weight: float = 0.0
     refreshed: dict[str, int] = field(default_factory=dict)
     remembered: State = field(default_factory=dict)
+    momentum: State = field(default_factory=dict)
     local: bool = False
 
     def view(self) -> State:

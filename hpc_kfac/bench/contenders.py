@@ -65,11 +65,33 @@ class Trained:
 
 
 class Preconditioned(Trained):
-    """Ours: any method under Nesterov SGD."""
+    """Ours: any method under SGD.
 
-    def __init__(self, model: nn.Module, loss: Loss, ranks: Ranks, optimizer: Optimizer, **components: Any) -> None:
+    Args:
+        owners: on several ranks the layers' owners get the gradients and send new weights, in place of Horovod.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        ranks: Ranks,
+        optimizer: Optimizer,
+        owners: bool = False,
+        **components: Any,
+    ) -> None:
+        self._owners = owners and ranks.size > 1
         super().__init__(model, loss, ranks, [optimizer])
+        if self._owners:
+            components["placement"] = hk.Kaisa(grad_worker_fraction=0, factors="owner")
         self.preconditioner = hk.Preconditioner(model, optimizer, comm=ranks.comm, **components)
+        if self._owners:
+            self._averaging.own(self.preconditioner, 1)
+
+    def _make_averaging(self) -> Any:
+        if not self._owners:
+            return super()._make_averaging()
+        return make_averaging("owner", self.model, self.optimizers[0], self.ranks, 1)
 
     def observe(self, outputs: Tensor, targets: Tensor) -> None:
         self.preconditioner.observe(
@@ -80,7 +102,11 @@ class Preconditioned(Trained):
         )
 
     def update(self) -> None:
-        if self.preconditioner.step().applied:
+        if not self.preconditioner.step().applied:
+            self._averaging.skip()
+        elif self._owners:
+            self._averaging.update(self.optimizers[0].step)
+        else:
             super().update()
 
     def traffic(self) -> int | None:
@@ -106,49 +132,68 @@ class Contender:
         return None
 
 
+CONTROLS: dict[str, Callable[..., hk.KLClip | hk.FixedNorm]] = {
+    "kl_clip": hk.KLClip,
+    "trust_region": hk.TrustRegion,
+    "fixed_norm": hk.FixedNorm,
+    "orthogonal": hk.Orthogonal,
+}
+
+
 def ours(
     method: Callable[..., hk.Method],
+    model: nn.Module,
+    damping: float,
+    annealed: bool = False,
     lr: float = 1.0,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
-    kappa: float = 0.1,
+    adamw_lr: float | None = None,
     control: str = "trust_region",
-    statistics: int = 10,
-    refresh: int = 50,
+    kappa: float = 0.1,
+    statistics: int = 20,
+    refresh: int = 100,
     early: int = 10,
     bf16: bool = True,
     **settings: Any,
-) -> tuple[Callable[[nn.Module], Optimizer], dict[str, Any]]:
+) -> tuple[Optimizer, dict[str, Any]]:
     """Optimizer and components of one of our methods.
 
     Args:
         method: the method's class.
+        model: to be trained.
+        damping: of the method.
+        annealed: it falls with the learning rate.
         lr: learning rate of SGD.
-        momentum: of SGD, Nesterov's.
+        momentum: of SGD, Nesterov's; or of the step control where that has one.
         weight_decay: of SGD.
-        kappa: bound on the step.
-        control: trust_region or kl_clip.
+        adamw_lr: learning rate of AdamW for embeddings and norms, which are not preconditioned then.
+        control: of `CONTROLS`.
+        kappa: bound on the step, where the control has one.
         statistics: interval.
         refresh: interval from step `refresh` on.
-        early: interval before: the first factors age fastest.
+        early: both intervals before: the first factors age fastest.
         bf16: rows and applied matrices in bfloat16.
         settings: of the method.
     """
-    controls = {"trust_region": hk.TrustRegion, "kl_clip": hk.KLClip}
-    precision = hk.Precision(apply=torch.bfloat16, moments=torch.bfloat16) if bf16 else hk.Precision()
+    fixed = issubclass(CONTROLS[control], hk.FixedNorm)  # type: ignore[arg-type]
+    rest = (nn.Embedding, nn.LayerNorm, nn.BatchNorm2d)
+    skip = [name for name, module in model.named_modules() if isinstance(module, rest)]
     components = {
-        "method": method(**settings),
-        "schedule": hk.Schedule(min(statistics, early), {0: early, refresh: refresh} if early < refresh else refresh),
-        "step_control": controls[control](kappa),
-        "precision": precision,
+        "method": method(damping=hk.AnnealedDamping(damping) if annealed else damping, **settings),
+        "schedule": hk.Schedule({0: early, refresh: statistics}, {0: early, refresh: refresh}),
+        "step_control": CONTROLS[control](momentum=momentum) if fixed else CONTROLS[control](kappa),
+        "precision": hk.Precision(apply=torch.bfloat16, moments=torch.bfloat16) if bf16 else hk.Precision(),
+        "skip": skip if adamw_lr is not None else [],
     }
-    return lambda m: sgd(m, lr=lr, momentum=momentum, weight_decay=weight_decay), components
+    optimizer = sgd(model, lr=lr, momentum=0.0 if fixed else momentum, weight_decay=weight_decay, adamw_lr=adamw_lr)
+    return optimizer, components
 
 
-def _ours(method: Callable[..., hk.Method], **fixed: Any) -> Contender:
+def _ours(method: Callable[..., hk.Method], owners: bool = False, **fixed: Any) -> Contender:
     def make(model: nn.Module, loss: Loss, settings: dict[str, Any], ranks: Ranks) -> Trained:
-        optimizer, components = ours(method, **fixed, **settings)
-        return Preconditioned(model, loss, ranks, optimizer(model), **components)
+        optimizer, components = ours(method, model, **{**fixed, **settings})
+        return Preconditioned(model, loss, ranks, optimizer, owners, **components)
 
     return Contender(make, "hpc_kfac")
 
@@ -206,9 +251,9 @@ def _muon(model: nn.Module, loss: Loss, settings: dict[str, Any], ranks: Ranks) 
 
 
 OWN: dict[str, Contender] = {
-    "kfac": _ours(hk.KFAC, solver="cholesky"),
+    "kfac": _ours(hk.KFAC, owners=True, solver="cholesky"),
     "kfac_defaults": Contender(_defaults, "hpc_kfac"),
-    "kfac_root": _ours(hk.KFAC, power=0.5, relative_damping=True),
+    "kfac_clip": _ours(hk.KFAC, owners=True, solver="cholesky", control="kl_clip"),
     "ekfac": _ours(hk.EKFAC),
     "eva": _ours(hk.Eva),
     "sample_matrix": _ours(hk.SampleMatrix),

@@ -18,9 +18,11 @@ def grid(**values: Any) -> list[Settings]:
     return [dict(zip(values, point, strict=True)) for point in itertools.product(*lists)]
 
 
+ROOT: Settings = {"power": 0.5, "relative_damping": True}
+
 AUTOENCODER: dict[str, list[Settings]] = {
-    "kfac": grid(damping=[0.05, 0.1, 0.2], kappa=[0.1, 0.2]),
-    "kfac_root": grid(damping=[0.01, 0.02, 0.05], kappa=[0.1, 0.2]),
+    "kfac": grid(damping=[0.1, 0.2, 0.4], kappa=[0.1, 0.2], momentum=0.95, annealed=True),
+    "kfac_clip": grid(lr=0.3, damping=[0.1, 0.2, 0.4], kappa=[0.01, 0.1]),
     "ekfac": grid(damping=[0.1, 0.2, 0.4], kappa=[0.1, 0.2]),
     "eva": grid(damping=[0.03, 0.1, 0.3], kappa=[0.1, 0.2]),
     "sample_matrix": grid(damping=[0.1, 0.3, 1.0], kappa=[0.1, 0.2]),
@@ -37,8 +39,8 @@ AUTOENCODER: dict[str, list[Settings]] = {
 }
 
 IMAGES: dict[str, list[Settings]] = {
-    "kfac": grid(lr=0.1, damping=[0.03, 0.1, 0.3], kappa=[0.01, 0.03], control="kl_clip", weight_decay=5e-4),
-    "kfac_root": grid(lr=0.3, damping=[0.01, 0.02, 0.05], kappa=[0.01, 0.1], weight_decay=5e-4),
+    "kfac": grid(damping=[0.003, 0.01, 0.03], lr=[0.01, 0.015], control="fixed_norm", **ROOT),
+    "kfac_clip": grid(lr=0.1, damping=[0.03, 0.1, 0.3], kappa=[0.01, 0.03], weight_decay=5e-4),
     "ekfac": grid(lr=0.1, damping=[0.03, 0.1, 0.3], kappa=[0.01, 0.03], control="kl_clip", weight_decay=5e-4),
     "eva": grid(lr=0.1, damping=[0.01, 0.03, 0.1], kappa=[0.01, 0.03], control="kl_clip", weight_decay=5e-4),
     "sample_matrix": grid(lr=0.1, damping=[0.03, 0.1, 0.3], kappa=[0.01, 0.03], control="kl_clip", weight_decay=5e-4),
@@ -55,8 +57,8 @@ IMAGES: dict[str, list[Settings]] = {
 }
 
 GPT: dict[str, list[Settings]] = {
-    "kfac": grid(lr=[0.1, 0.3], damping=[0.01, 0.03, 0.1], kappa=3e-3, control="kl_clip"),
-    "kfac_root": grid(lr=[0.1, 0.3], damping=[0.01, 0.02, 0.05], kappa=0.1),
+    "kfac": grid(damping=[0.003, 0.01, 0.03], lr=[0.015, 0.025], control="orthogonal", adamw_lr=6e-3),
+    "kfac_clip": grid(lr=[0.1, 0.3], damping=[0.01, 0.03, 0.1], kappa=3e-3),
     "ekfac": grid(lr=[0.1, 0.3], damping=[0.01, 0.03, 0.1], kappa=3e-3, control="kl_clip"),
     "eva": grid(lr=[0.1, 0.3], damping=[0.01, 0.03, 0.1], kappa=3e-3, control="kl_clip"),
     "sample_matrix": grid(lr=[0.1, 0.3], damping=[0.01, 0.03, 0.1], kappa=3e-3, control="kl_clip"),
@@ -73,7 +75,7 @@ GPT: dict[str, list[Settings]] = {
 }
 
 DIGITS: dict[str, list[Settings]] = {
-    "kfac": grid(lr=0.1, damping=[0.01, 0.03, 0.1], kappa=0.01, control="kl_clip"),
+    "kfac": grid(damping=[0.003, 0.01, 0.03], lr=0.015, control="fixed_norm", **ROOT),
     "sgd": grid(lr=[0.03, 0.1, 0.3]),
     "adamw": grid(lr=[1e-3, 3e-3, 1e-2]),
     "muon": grid(lr=[0.005, 0.01, 0.02]),

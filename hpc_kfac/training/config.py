@@ -182,7 +182,14 @@ KINDS = {
     "placement": Kind({"kaisa": hk.Kaisa}, "kaisa"),
     "schedule": Kind({"intervals": hk.Schedule}, "intervals"),
     "step_control": Kind(
-        {"none": None, "kl_clip": hk.KLClip, "trust_region": hk.TrustRegion, "fixed_norm": hk.FixedNorm}, "kl_clip"
+        {
+            "none": None,
+            "kl_clip": hk.KLClip,
+            "trust_region": hk.TrustRegion,
+            "fixed_norm": hk.FixedNorm,
+            "orthogonal": hk.Orthogonal,
+        },
+        "kl_clip",
     ),
     "precision": Kind({"dtypes": hk.Precision}, "dtypes"),
     "checkpoint": Kind({"none": None, "hdf5": Checkpointing}, "hdf5"),

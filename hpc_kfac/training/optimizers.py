@@ -16,7 +16,13 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 
 
 def sgd(
-    model: nn.Module, *, lr: float = 0.1, momentum: float = 0.9, nesterov: bool = True, weight_decay: float = 0.0
+    model: nn.Module,
+    *,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+    adamw_lr: float | None = None,
 ) -> Optimizer:
     """Stochastic gradient descent.
 
@@ -25,9 +31,25 @@ def sgd(
         momentum: of the heavy ball.
         nesterov: look ahead with the momentum.
         weight_decay: added to the (preconditioned) gradient, times the weight.
+        adamw_lr: learning rate of AdamW for all that belongs to no linear or convolution layer, without weight decay;
+            null for none. Have the preconditioner skip these layers.
     """
-    nesterov = nesterov and momentum > 0
-    return SGD(_trainable(model), lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+    settings: dict[str, Any] = {
+        "lr": lr,
+        "momentum": momentum,
+        "nesterov": nesterov and momentum > 0,
+        "weight_decay": weight_decay,
+    }
+    if adamw_lr is None:
+        return SGD(_trainable(model), **settings)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | CONVOLUTIONS)]
+    inside = dict.fromkeys(p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad)
+    rest = [parameter for parameter in _trainable(model) if parameter not in inside]
+    groups = [
+        {"rule": "sgd", "params": list(inside), **settings},
+        {"rule": "adamw", "params": rest, "lr": adamw_lr, "weight_decay": 0.0},
+    ]
+    return TwoRules([group for group in groups if group["params"]])
 
 
 def adamw(
@@ -75,7 +97,7 @@ def muon(
         {"rule": "muon", "params": matrices, "lr": lr, "momentum": momentum, "nesterov": nesterov},
         {"rule": "adamw", "params": rest, "lr": adamw_lr, "betas": adamw_betas},
     ]
-    return MuonWithAdamW([group | {"weight_decay": weight_decay} for group in groups if group["params"]])
+    return TwoRules([group | {"weight_decay": weight_decay} for group in groups if group["params"]])
 
 
 def lamb(
@@ -100,17 +122,21 @@ def lamb(
 OPTIMIZERS: dict[str, Callable[..., Any]] = {"sgd": sgd, "adamw": adamw, "muon": muon, "lamb": lamb}
 
 
-class MuonWithAdamW(Optimizer):
+RULES: dict[str, Callable[..., Optimizer]] = {"muon": Muon, "adamw": AdamW, "sgd": SGD}
+CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class TwoRules(Optimizer):
     """Two of torch's optimizers over disjoint parameters that behave as one: the same groups, the same state.
 
     Args:
-        params: groups, each with a ``rule``, "muon" or "adamw".
+        params: groups, each with a ``rule`` of `RULES`.
     """
 
     def __init__(self, params: Iterable[dict[str, Any]]) -> None:
         super().__init__(params, {})
         self._inner: list[Optimizer] = []
-        for rule, make in (("muon", Muon), ("adamw", AdamW)):
+        for rule, make in RULES.items():
             groups = [group for group in self.param_groups if group["rule"] == rule]
             if groups:
                 inner: Any = make(groups)  # it keeps these very dicts, and adds its own defaults

@@ -93,6 +93,7 @@ def train(
     schedule: hk.Schedule | None = None,
     steps: int = STEPS,
     precision: hk.Precision = DOUBLE,
+    step_control: hk.KLClip | hk.FixedNorm = hk.KLClip(1e-2),  # noqa: B008 - frozen
     owners_update: bool = False,
     net: Callable[[], nn.Module] = Net,
     load_from: Path | None = None,
@@ -115,7 +116,7 @@ def train(
         method=method,
         placement=placement or hk.Kaisa(fraction),
         schedule=schedule or hk.Schedule(statistics=1, refresh=2),
-        step_control=hk.KLClip(1e-2),
+        step_control=step_control,
         fisher=fisher,
         precision=precision,
         comm=carrier or comm,

@@ -26,6 +26,7 @@ PLACEMENTS = {
     "spread": {"placement": hk.Kaisa(0.0), "schedule": hk.Schedule(statistics=1, refresh=3, spread=2)},
     "adaptive": {"schedule": hk.Schedule(statistics=1, refresh=1, adapt=hk.Similarity(threshold=0.3))},
     "bf16 payload": {"precision": hk.Precision(torch.float64, torch.float64, torch.float64, payload=torch.bfloat16)},
+    "momentum": {"placement": hk.Kaisa(0.0), "step_control": hk.FixedNorm(0.2, momentum=0.9)},
     "accumulating": {"accumulation": 2, "fisher": "sampled"},
 }
 
@@ -70,6 +71,7 @@ CHANGES = {
     "owner": PLACEMENTS["owner"],
     "owners update": PLACEMENTS["owners update"],
     "lagging": PLACEMENTS["lagging"],
+    "momentum": PLACEMENTS["momentum"],
 }
 
 

@@ -63,7 +63,7 @@ def test_nested_classes_mappings_and_dtypes(file) -> None:
                 "method: {name: kfac, damping: {class_path: LevenbergMarquardt, init_args: {initial: 0.2}}}\n"
                 "schedule: {statistics: {0: 1, 100: 10}}\n"
                 "precision: {apply: bfloat16}\n"
-                "step_control: {name: fixed_norm, norm: 2.0}\n"
+                "step_control: {name: orthogonal, rms: 2.0}\n"
             )
         ]
     )
@@ -71,7 +71,7 @@ def test_nested_classes_mappings_and_dtypes(file) -> None:
     assert isinstance(damping, hk.LevenbergMarquardt) and damping.current == 0.2
     assert settings.parts["schedule"]().statistics == {0: 1, 100: 10}
     assert settings.parts["precision"]().apply is torch.bfloat16
-    assert settings.parts["step_control"]() == hk.FixedNorm(2.0)
+    assert settings.parts["step_control"]() == hk.Orthogonal(2.0)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)

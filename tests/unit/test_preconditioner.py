@@ -272,14 +272,17 @@ def test_bad_arguments_are_named() -> None:
     for bad in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="kl_clip is .*; give a positive number"):
             hk.KLClip(bad)
-        with pytest.raises(ValueError, match="norm is .*; give a positive number"):
+        with pytest.raises(ValueError, match="rms is .*; give a positive number"):
             hk.FixedNorm(bad)
+    for bad in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match="momentum is .*; give a number from 0 up to below 1"):
+            hk.Orthogonal(momentum=bad)
 
 
 # ---- reports and figures
 
 
-@pytest.mark.parametrize("control", [None, hk.KLClip(1e-4), hk.FixedNorm(3.0)])
+@pytest.mark.parametrize("control", [None, hk.KLClip(1e-4), hk.FixedNorm(3.0), hk.Orthogonal(3.0)])
 @pytest.mark.parametrize("name", METHODS)
 def test_layer_reports(name: str, control: Any) -> None:
     """Cosine and curvature share are those of the update before the step's length is bounded."""

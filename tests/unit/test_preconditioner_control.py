@@ -113,7 +113,54 @@ def test_fixed_norm_keeps_only_the_direction() -> None:
     x, y = batch()
     found, free = one_step(net(), x, y, step_control=hk.FixedNorm(0.7)), one_step(net(), x, y)
     for name, update in free.updates.items():
-        close(found.updates[name], 0.7 * update / update.norm())
+        close(found.updates[name], 0.7 * update / update.square().mean().sqrt())
+
+
+def test_orthogonal_leaves_the_singular_vectors() -> None:
+    """All singular values are nearly equal, and the vectors are those of the preconditioned gradient."""
+    x, y = batch()
+    found, free = one_step(net(), x, y, step_control=hk.Orthogonal(0.7)), one_step(net(), x, y)
+    for name, update in free.updates.items():
+        assert found.updates[name].square().mean().sqrt() == pytest.approx(0.7)
+        left, values, right = torch.linalg.svd(update, full_matrices=False)
+        seen = (left.mT @ found.updates[name] @ right.mT).diagonal(dim1=1, dim2=2)
+        large = seen[values > 0.01 * values.max()]
+        assert large.min() > 0.4 * large.max() > 0
+        close(left @ torch.diag_embed(seen) @ right, found.updates[name])
+
+
+@pytest.mark.parametrize("control", [hk.FixedNorm(0.2, momentum=0.8), hk.Orthogonal(0.2, momentum=0.8)])
+def test_momentum_comes_before_the_curvature(control: hk.FixedNorm) -> None:
+    """Each step is that of one without momentum that is given Nesterov's average of the gradients."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(3, 5, dtype=torch.float64) for _ in range(4)]
+    average, expected = gradients[0].clone(), [gradients[0]]
+    for gradient in gradients[1:]:
+        average = 0.8 * average + 0.2 * gradient
+        expected.append(0.2 * gradient + 0.8 * average)
+    plain = type(control)(control.rms)
+    for gradient, alike in zip(updates(control, gradients), updates(plain, expected), strict=True):
+        close(gradient, alike)
+
+
+def updates(control: hk.FixedNorm, gradients: list[Tensor]) -> list[Tensor]:
+    """What a layer's gradients become, with factors of the first step."""
+    model = mlp(5, 3)
+    never = hk.Schedule(100, 100)
+    preconditioner = preconditioner_of(model, schedule=never, step_control=control)
+    F.cross_entropy(model(normal(6, 5)), torch.arange(6) % 3).backward()
+    found = []
+    for gradient in gradients:
+        model[0].weight.grad, model[0].bias.grad = gradient.clone(), torch.zeros(3, dtype=torch.float64)
+        preconditioner.step()
+        found.append(model[0].weight.grad.clone())
+    return found
+
+
+def test_momentum_starts_anew_after_a_step_that_was_skipped() -> None:
+    gradients = [torch.full((3, 5), value, dtype=torch.float64) for value in (1.0, math.nan, 2.0, 3.0)]
+    found = updates(hk.FixedNorm(0.2, momentum=0.9), gradients)
+    assert torch.isfinite(torch.stack(found[2:])).all()
 
 
 # ---- damping

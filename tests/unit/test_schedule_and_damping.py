@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_kfac import Damping, LevenbergMarquardt, Schedule, ScheduledDamping
+from hpc_kfac import AnnealedDamping, Damping, LevenbergMarquardt, Schedule, ScheduledDamping
 from hpc_kfac.schedule import RefreshTimes, Similarity, TraceChange
 
 COSTS = {"a": 5.0, "b": 3.0, "c": 3.0, "d": 1.0}
@@ -292,9 +292,24 @@ def test_state_of_another_model_is_refused():
 
 def test_scheduled_damping_is_geometric_and_constant_outside():
     damping = ScheduledDamping({10: 1.0, 20: 0.01})
-    assert damping.at(0) == 1.0
-    assert damping.at(15) == pytest.approx(0.1)
-    assert damping.at(500) == 0.01
+    assert damping.at(0, 1.0) == 1.0
+    assert damping.at(15, 1.0) == pytest.approx(0.1)
+    assert damping.at(500, 1.0) == 0.01
+
+
+def test_annealed_damping_follows_the_learning_rate() -> None:
+    damping = AnnealedDamping(0.4, power=2.0, floor=0.1)
+    rates = [0.01, 0.1, 0.2, 0.1, 0.02, 0.0, 0.1]  # a warm-up first
+    assert [damping.at(step, rate) for step, rate in enumerate(rates)] == pytest.approx(
+        [0.4, 0.4, 0.4, 0.1, 0.04, 0.04, 0.1]
+    )
+    again = AnnealedDamping(0.4, power=2.0, floor=0.1)
+    again.load_state_dict(damping.state_dict())
+    again.raise_by(4.0)
+    assert again.at(9, 0.1) == pytest.approx(0.4) and again.current == pytest.approx(0.4)
+    assert AnnealedDamping(0.4).at(0, 0.0) == 0.4
+    with pytest.raises(ValueError, match="damping floor is 2.0; give a share"):
+        AnnealedDamping(0.4, floor=2.0)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
