@@ -93,19 +93,27 @@ class FixedNorm:
 class Orthogonal(FixedNorm):
     """As `FixedNorm`, and before that all singular values of the update become about 1 (Muon, Jordan et al. 2024).
 
-    Of a block's preconditioned gradient U S V^T remains U V^T, by Newton-Schulz iterations. For layers
-    whose mean gradient is far from the per-sample ones that the factors describe, as in transformers.
+    Of a block's preconditioned gradient U S V^T remains about U V^T, by Newton-Schulz iterations. For layers whose mean
+    gradient is far from the per-sample ones that the factors describe, as in transformers.
 
     Args:
         rms: root mean square of a layer's update before the learning rate.
         momentum: weight of the old average of gradients, from 0 up to below 1; 0 keeps none.
+        iterations: of Newton and Schulz. Muon needs 5; what factors have whitened already is there sooner.
 
     Raises:
         ValueError: a setting out of range.
     """
 
+    iterations: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.iterations < 1:
+            raise ValueError(f"iterations is {self.iterations}; give at least 1, such as 3")
+
     def bound(self, update: Tensor) -> Tensor:
-        return super().bound(update.copy_(orthogonal(update)))
+        return super().bound(update.copy_(orthogonal(update, self.iterations)))
 
 
 StepControl = KLClip | FixedNorm | None

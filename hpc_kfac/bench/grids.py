@@ -39,7 +39,7 @@ AUTOENCODER: dict[str, list[Settings]] = {
 }
 
 IMAGES: dict[str, list[Settings]] = {
-    "kfac": grid(damping=[0.003, 0.01, 0.03], lr=[0.01, 0.015], control="fixed_norm", **ROOT),
+    "kfac": grid(control=["fixed_norm", "orthogonal"], damping=[0.003, 0.01, 0.03], lr=0.015, adamw_lr=3e-3, **ROOT),
     "kfac_clip": grid(lr=0.1, damping=[0.03, 0.1, 0.3], kappa=[0.01, 0.03], weight_decay=5e-4),
     "ekfac": grid(lr=0.1, damping=[0.03, 0.1, 0.3], kappa=[0.01, 0.03], control="kl_clip", weight_decay=5e-4),
     "eva": grid(lr=0.1, damping=[0.01, 0.03, 0.1], kappa=[0.01, 0.03], control="kl_clip", weight_decay=5e-4),
@@ -57,7 +57,7 @@ IMAGES: dict[str, list[Settings]] = {
 }
 
 GPT: dict[str, list[Settings]] = {
-    "kfac": grid(damping=[0.003, 0.01, 0.03], lr=[0.015, 0.025], control="orthogonal", adamw_lr=6e-3),
+    "kfac": grid(damping=[0.003, 0.01, 0.03], lr=[0.01, 0.015], control="orthogonal", adamw_lr=6e-3, **ROOT),
     "kfac_clip": grid(lr=[0.1, 0.3], damping=[0.01, 0.03, 0.1], kappa=3e-3),
     "ekfac": grid(lr=[0.1, 0.3], damping=[0.01, 0.03, 0.1], kappa=3e-3, control="kl_clip"),
     "eva": grid(lr=[0.1, 0.3], damping=[0.01, 0.03, 0.1], kappa=3e-3, control="kl_clip"),
@@ -95,7 +95,10 @@ GRIDS: dict[str, dict[str, list[Settings]]] = {
         "cnn": IMAGES,
         "resnet20": IMAGES,
         "cifar_resnet20": IMAGES,
+        "resnet50": IMAGES,
         "char_gpt": GPT,
+        "gpt_10m": GPT,
+        "gpt_100m": GPT,
         "digits": DIGITS,
     }.items()
 }

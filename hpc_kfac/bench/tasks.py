@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from hpc_kfac.training import tasks
-from hpc_kfac.training.tasks import Task
+from hpc_kfac.training.datasets import ByteImages
+from hpc_kfac.training.losses import CrossEntropyLoss
+from hpc_kfac.training.models_vision import imagenet_resnet
+from hpc_kfac.training.tasks import Task, seeded
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,28 @@ def _cifar_resnet20(seed: int, data: str | None) -> Task:
     return tasks.cifar10(data, model="resnet20", seed=seed)
 
 
-def _char_gpt(seed: int, data: str | None) -> Task:
-    return tasks.char_text(data, pattern="*.py", sequence_length=64, width=128, blocks=3, heads=4, seed=seed)
+def _char_gpt(
+    seed: int, data: str | None, sequence_length: int = 64, width: int = 128, blocks: int = 3, heads: int = 4
+) -> Task:
+    return tasks.char_text(data, "*.py", sequence_length, width, blocks, heads, seed=seed)
+
+
+def _resnet50(seed: int, data: str | None) -> Task:
+    """Random images and labels: for step time and memory, not for what is learnt."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (512, 3, 224, 224), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(1000, (512,), generator=generator)
+    whole = ByteImages(images, labels, (0.5,) * 3, (0.25,) * 3)
+    model = seeded(seed, lambda: imagenet_resnet(50))
+    return Task(model, whole, whole, CrossEntropyLoss(), name="resnet50", metric="accuracy")
+
+
+def _gpt_10m(seed: int, data: str | None) -> Task:
+    return _char_gpt(seed, data, width=320, blocks=8, heads=5)
+
+
+def _gpt_100m(seed: int, data: str | None) -> Task:
+    return _char_gpt(seed, data, sequence_length=512, width=832, blocks=12, heads=13)
 
 
 def _digits(seed: int, data: str | None) -> Task:
@@ -80,6 +105,9 @@ TASKS = {
         BenchTask(
             "char_gpt", _char_gpt, 32, 120.0, LOSS, True, references=("adamw", "muon"), test_samples=256, warmup=0.03
         ),
+        BenchTask("gpt_10m", _gpt_10m, 16, 1200.0, LOSS, True, ("adamw", "muon"), test_samples=64, warmup=0.03),
+        BenchTask("gpt_100m", _gpt_100m, 64, 600.0, LOSS, True, ("adamw", "muon"), test_samples=256, warmup=0.03),
+        BenchTask("resnet50", _resnet50, 64, 60.0, LOSS, True, test_samples=64),
         BenchTask("digits", _digits, 100, 3.0, LOSS, True, test_samples=297),
     )
 }

@@ -277,6 +277,8 @@ def test_bad_arguments_are_named() -> None:
     for bad in (1.0, -0.1, math.nan):
         with pytest.raises(ValueError, match="momentum is .*; give a number from 0 up to below 1"):
             hk.Orthogonal(momentum=bad)
+    with pytest.raises(ValueError, match="iterations is 0; give at least 1"):
+        hk.Orthogonal(iterations=0)
 
 
 # ---- reports and figures

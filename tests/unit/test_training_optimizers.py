@@ -17,6 +17,7 @@ from hpc_kfac.training.optimizers import (
     cosine,
     muon,
     set_learning_rate,
+    sgd,
     steps,
 )
 
@@ -71,6 +72,26 @@ def test_muon_takes_hidden_matrices_only_and_equals_the_two_optimizers() -> None
         second.step()
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_sgd_leaves_what_is_no_layer_of_weights_to_adamw() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    alone = copy.deepcopy(model)
+    optimizer = sgd(model, lr=0.5, momentum=0.0, adamw_lr=0.003)
+    apart = [
+        torch.optim.SGD(alone[2].parameters(), lr=0.5),
+        torch.optim.AdamW([*alone[0].parameters(), *alone[1].parameters()], lr=0.003, weight_decay=0.0),
+    ]
+    for net, optimizers in ((model, [optimizer]), (alone, apart)):
+        for _ in range(3):
+            net.zero_grad()
+            net(torch.arange(5)).square().mean().backward()
+            for each in optimizers:
+                each.step()
+    for left, right in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(left, right)
+    assert len(sgd(model[2:], adamw_lr=0.003).param_groups) == 1
 
 
 def test_muon_state_survives_saving() -> None:
