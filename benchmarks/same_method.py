@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from mpi4py import MPI
 
 from hpc_kfac.bench import memory

@@ -47,8 +47,9 @@ def measure(task: str, data: str | None, batch: int, points: list[Point]) -> lis
         return [{"error": why[:300]}] * len(points)
 
 
-def take_steps(task: str, data: Task, batch: int, point: Point) -> dict[str, Any]:
+def take_steps(task: str, data: Task, batch: int, threads: int, point: Point) -> dict[str, Any]:
     """Bytes at the peak, above what was there before: on the device or, on a CPU, resident."""
+    torch.set_num_threads(threads)
     ranks = Ranks()
     device = choose_device("auto", ranks)
     _forget_peak()
@@ -75,12 +76,13 @@ def _status(name: str) -> int:
 
 def main(task: str, folder: str, batch: str) -> None:
     """Measures the points on standard input."""
-    set_threads(None, Ranks())
+    threads = set_threads(None, Ranks())
+    torch.set_num_threads(1)  # threads that have worked before a fork are missing after it, and OpenMP waits for them
     data = TASKS[task].make(0, folder or None)
     # A process for each, so that none finds memory that another has left.
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         points = [(contender, settings) for contender, settings in json.load(sys.stdin)]
-        print(json.dumps(pool.map(partial(take_steps, task, data, int(batch)), points, chunksize=1)))
+        print(json.dumps(pool.map(partial(take_steps, task, data, int(batch), threads), points, chunksize=1)))
 
 
 if __name__ == "__main__":

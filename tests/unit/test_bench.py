@@ -345,11 +345,11 @@ def test_memory_counts_what_a_contender_takes(monkeypatch: pytest.MonkeyPatch) -
     hungry: Callable[..., Trained] = lambda model, loss, settings, ranks: Hungry(model, loss, ranks, [])  # noqa: E731
     monkeypatch.setitem(CONTENDERS, "adamw", Contender(hungry, "torch"))
     data = TINY.make(0, None)
-    plain = memory.take_steps("digits", data, 10, ("sgd", {"lr": 0.1}))
-    found = memory.take_steps("digits", data, 10, ("adamw", {}))
+    plain = memory.take_steps("digits", data, 10, 1, ("sgd", {"lr": 0.1}))
+    found = memory.take_steps("digits", data, 10, 1, ("adamw", {}))
     assert plain["bytes"] < 40e6 < found["bytes"] - plain["bytes"] < 160e6
     monkeypatch.setitem(CONTENDERS, "adamw", Contender(lambda *a: Broken(*a[:2], a[3], []), "torch"))
-    assert memory.take_steps("digits", data, 10, ("adamw", {})) == {"error": "ArithmeticError: no root"}
+    assert memory.take_steps("digits", data, 10, 1, ("adamw", {})) == {"error": "ArithmeticError: no root"}
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
