@@ -110,7 +110,10 @@ class Preconditioned(Trained):
             super().update()
 
     def traffic(self) -> int | None:
-        return sum(self.preconditioner.traffic.values()) if self.ranks.size > 1 else 0
+        if self.ranks.size == 1:
+            return 0
+        # An owner's share of gradients and weights moves as many bytes as the allreduce that it takes the place of.
+        return sum(n for kind, n in self.preconditioner.traffic.items() if kind not in ("gradients", "weights"))
 
 
 Make = Callable[[nn.Module, Loss, dict[str, Any], Ranks], Trained]
