@@ -21,7 +21,7 @@ from hpc_kfac.bench import memory
 from hpc_kfac.bench.peers import CONTENDERS
 from hpc_kfac.bench.runs import Run, Spec
 from hpc_kfac.bench.tasks import TASKS
-from hpc_kfac.training.launch import Ranks, choose_device, keep_freed_memory, set_threads
+from hpc_kfac.training.launch import Ranks, choose_device, join, keep_freed_memory, set_threads
 
 
 def points(every: int, refresh: int) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -72,7 +72,7 @@ def measure(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, list[float
 def by_kind(seconds: list[float], every: int, refresh: int) -> dict[str, float]:
     """Milliseconds: mean of all steps, median of full and of ordinary ones."""
     full = seconds[::refresh]
-    ordinary = [second for i, second in enumerate(seconds) if i % every] or None
+    ordinary = [second for i, second in enumerate(seconds) if i % every]
     found = {"mean": statistics.fmean(seconds), "full": statistics.median(full)}
     if ordinary:
         found["ordinary"] = statistics.median(ordinary)
@@ -98,8 +98,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder of the task's files")
     parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args()
-    comm = MPI.COMM_WORLD
-    ranks = Ranks(comm, comm.rank, comm.size, comm.rank, comm.size) if comm.size > 1 else Ranks()
+    ranks = join()
     missing = CONTENDERS["kfac_pytorch"].missing()
     if missing:
         parser.error(missing)

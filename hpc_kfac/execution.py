@@ -326,7 +326,7 @@ class Executor:
 
     def _averaged(self, gradient: Tensor, state: LayerState) -> Tensor:
         """The gradient, or what momentum makes of it, in the workspace."""
-        momentum = self._control.momentum if isinstance(self._control, FixedNorm) else 0.0
+        momentum = self._problem.momentum
         if not momentum:
             return gradient
         average = state.momentum.get("average")

@@ -126,8 +126,8 @@ class Preconditioner:
         self._problem = make_problem(
             shapes, self.method, placement or Kaisa(), self.precision, self._comm, self._device
         )
-        if isinstance(step_control, FixedNorm) and step_control.momentum:
-            self._problem = replace(self._problem, momentum=True)
+        if isinstance(step_control, FixedNorm):
+            self._problem = replace(self._problem, momentum=step_control.momentum)
         self._times = RefreshTimes(self.schedule, refresh_flops(self._problem))
         self.timeline = Timeline(self._comm.rank)
         self._executor = Executor(

@@ -84,7 +84,7 @@ class FixedNorm:
             raise ValueError(f"momentum is {self.momentum}; give a number from 0 up to below 1")
 
     def bound(self, update: Tensor) -> Tensor:
-        """Brings the update [p, o, a] to its length, in place."""
+        """The update [p, o, a] at its length; the given one may be overwritten."""
         length = self.rms * math.sqrt(update.numel())
         return update.mul_(length / update.norm().clamp(min=torch.finfo(update.dtype).tiny))
 
@@ -113,7 +113,7 @@ class Orthogonal(FixedNorm):
             raise ValueError(f"iterations is {self.iterations}; give at least 1, such as 3")
 
     def bound(self, update: Tensor) -> Tensor:
-        return super().bound(update.copy_(orthogonal(update, self.iterations)))
+        return super().bound(orthogonal(update, self.iterations))
 
 
 StepControl = KLClip | FixedNorm | None

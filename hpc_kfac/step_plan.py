@@ -99,7 +99,7 @@ class Problem:
         message_bytes: largest fused message. Small enough for several to be in flight while the backward pass and the
             next decompositions go on, large enough for its latency not to count.
         share: send preconditioned gradients to the ranks that do not work on the layer; not needed where owners update.
-        momentum: a layer's grad workers keep a moving average of its gradients.
+        momentum: if not 0, a layer's grad workers keep a moving average of its gradients with this weight of the old.
     """
 
     shapes: Mapping[str, LayerShape]
@@ -108,7 +108,7 @@ class Problem:
     precision: Precision = Precision()
     message_bytes: int = 4 * 2**20
     share: bool = True
-    momentum: bool = False
+    momentum: float = 0.0
 
     def plan(self, due: Due, scalars: int = 0) -> tuple[Operation, ...]:
         """The operations of one step, in the order in which every rank posts them.

@@ -18,9 +18,10 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 
 import hpc_kfac as hk
 from hpc_kfac.training.averaging import make_averaging
+from hpc_kfac.training.config import KINDS
 from hpc_kfac.training.launch import Ranks
 from hpc_kfac.training.losses import Loss
-from hpc_kfac.training.optimizers import adamw, sgd
+from hpc_kfac.training.optimizers import WEIGHT_LAYERS, adamw, sgd
 
 
 class Trained:
@@ -102,12 +103,10 @@ class Preconditioned(Trained):
         )
 
     def update(self) -> None:
-        if not self.preconditioner.step().applied:
-            self._averaging.skip()
-        elif self._owners:
-            self._averaging.update(self.optimizers[0].step)
+        if self.preconditioner.step().applied:
+            self._averaging.update(super().update)
         else:
-            super().update()
+            self._averaging.skip()
 
     def traffic(self) -> int | None:
         if self.ranks.size == 1:
@@ -133,14 +132,6 @@ class Contender:
         except Exception as error:  # noqa: BLE001 - another project's package may fail in any way
             return f"{self.package} cannot be imported: {error}"
         return None
-
-
-CONTROLS: dict[str, Callable[..., hk.KLClip | hk.FixedNorm]] = {
-    "kl_clip": hk.KLClip,
-    "trust_region": hk.TrustRegion,
-    "fixed_norm": hk.FixedNorm,
-    "orthogonal": hk.Orthogonal,
-}
 
 
 def ours(
@@ -171,7 +162,7 @@ def ours(
         momentum: of SGD, Nesterov's; or of the step control where that has one.
         weight_decay: of SGD.
         adamw_lr: learning rate of AdamW for embeddings and norms, which are not preconditioned then.
-        control: of `CONTROLS`.
+        control: a step control by the trainer's name for it.
         kappa: bound on the step, where the control has one.
         statistics: interval.
         refresh: interval from step `refresh` on.
@@ -179,13 +170,17 @@ def ours(
         bf16: rows and applied matrices in bfloat16.
         settings: of the method.
     """
-    fixed = issubclass(CONTROLS[control], hk.FixedNorm)  # type: ignore[arg-type]
-    rest = (nn.Embedding, nn.LayerNorm, nn.BatchNorm2d)
-    skip = [name for name, module in model.named_modules() if isinstance(module, rest)]
+    make_control: Any = KINDS["step_control"].find("control", control)
+    fixed = issubclass(make_control, hk.FixedNorm)
+    skip = [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, WEIGHT_LAYERS) and any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
     components = {
         "method": method(damping=hk.AnnealedDamping(damping) if annealed else damping, **settings),
         "schedule": hk.Schedule({0: early, refresh: statistics}, {0: early, refresh: refresh}),
-        "step_control": CONTROLS[control](momentum=momentum) if fixed else CONTROLS[control](kappa),
+        "step_control": make_control(momentum=momentum) if fixed else make_control(kappa),
         "precision": hk.Precision(apply=torch.bfloat16, moments=torch.bfloat16) if bf16 else hk.Precision(),
         "skip": skip if adamw_lr is not None else [],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -81,18 +82,12 @@ def _resnet50(seed: int, data: str | None) -> Task:
     return Task(model, whole, whole, CrossEntropyLoss(), name="resnet50", metric="accuracy")
 
 
-def _gpt_10m(seed: int, data: str | None) -> Task:
-    return _char_gpt(seed, data, width=320, blocks=8, heads=5)
-
-
-def _gpt_100m(seed: int, data: str | None) -> Task:
-    return _char_gpt(seed, data, sequence_length=512, width=832, blocks=12, heads=13)
-
-
 def _digits(seed: int, data: str | None) -> Task:
     return tasks.digits(model="mlp", seed=seed)
 
 
+GPT_10M = partial(_char_gpt, width=320, blocks=8, heads=5)
+GPT_100M = partial(_char_gpt, sequence_length=512, width=832, blocks=12, heads=13)
 ERROR, LOSS, ACCURACY = "test_squared_error", "test_loss", "test_accuracy"
 
 TASKS = {
@@ -105,8 +100,8 @@ TASKS = {
         BenchTask(
             "char_gpt", _char_gpt, 32, 120.0, LOSS, True, references=("adamw", "muon"), test_samples=256, warmup=0.03
         ),
-        BenchTask("gpt_10m", _gpt_10m, 16, 1200.0, LOSS, True, ("adamw", "muon"), test_samples=64, warmup=0.03),
-        BenchTask("gpt_100m", _gpt_100m, 64, 600.0, LOSS, True, ("adamw", "muon"), test_samples=256, warmup=0.03),
+        BenchTask("gpt_10m", GPT_10M, 16, 1200.0, LOSS, True, ("adamw", "muon"), test_samples=64, warmup=0.03),
+        BenchTask("gpt_100m", GPT_100M, 64, 600.0, LOSS, True, ("adamw", "muon"), test_samples=256, warmup=0.03),
         BenchTask("resnet50", _resnet50, 64, 60.0, LOSS, True, test_samples=64),
         BenchTask("digits", _digits, 100, 3.0, LOSS, True, test_samples=297),
     )

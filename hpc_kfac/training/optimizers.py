@@ -42,7 +42,7 @@ def sgd(
     }
     if adamw_lr is None:
         return SGD(_trainable(model), **settings)
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear | CONVOLUTIONS)]
+    layers = [module for module in model.modules() if isinstance(module, WEIGHT_LAYERS)]
     inside = dict.fromkeys(p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad)
     rest = [parameter for parameter in _trainable(model) if parameter not in inside]
     groups = [
@@ -123,7 +123,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {"sgd": sgd, "adamw": adamw, "muon":
 
 
 RULES: dict[str, Callable[..., Optimizer]] = {"muon": Muon, "adamw": AdamW, "sgd": SGD}
-CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
+WEIGHT_LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class TwoRules(Optimizer):
