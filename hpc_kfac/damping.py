@@ -16,7 +16,7 @@ class Damping:
         ValueError: a damping that is not positive and finite.
     """
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: float | None) -> None:
         self.current = positive("damping", value)
 
     def at(self, step: int, learning_rate: float) -> float:
@@ -155,12 +155,12 @@ class LevenbergMarquardt(Damping):
             self.current = min(self.maximum, self.current / change)
 
 
-def as_damping(value: float | Damping) -> Damping:
+def as_damping(value: float | Damping | None) -> Damping:
     """A `Damping` from what a method was given."""
     return value if isinstance(value, Damping) else Damping(value)
 
 
-def positive(name: str, value: float) -> float:
+def positive(name: str, value: float | None) -> float:
     """Checks a setting that must be positive and finite.
 
     Raises:

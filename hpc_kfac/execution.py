@@ -320,7 +320,7 @@ class Executor:
             update = self._problem.method.precondition(gradient, view, shape, self._inputs.damping, self._workspace)
         self.agreement.measure(name, update, gradient, self._inputs.log)
         if isinstance(self._control, FixedNorm):
-            layer.set_gradient(self._control.bound(update))
+            layer.set_gradient(self._control.bound(update, layer.shared))
         elif update is not fresh:
             layer.set_gradient(update)
 

@@ -30,7 +30,7 @@ from hpc_kfac.methods.method import Method
 from hpc_kfac.precision import Precision
 from hpc_kfac.reduction_ratio import ReductionRatio
 from hpc_kfac.schedule import RefreshTimes, Schedule
-from hpc_kfac.step_control import FixedNorm, KLClip, StepControl
+from hpc_kfac.step_control import FixedNorm, KLClip, Orthogonal, StepControl
 from hpc_kfac.step_plan import Due, Operation
 from hpc_kfac.step_report import LayerState, StepInputs, StepReport
 from hpc_kfac.timing import Timeline
@@ -52,7 +52,7 @@ class Preconditioner:
         method: the curvature method.
         placement: which ranks decompose and precondition which layers.
         schedule: when statistics are taken and factors decomposed.
-        step_control: KLClip, TrustRegion, FixedNorm, Orthogonal or None.
+        step_control: Orthogonal, FixedNorm, TrustRegion, KLClip or None.
         fisher: "empirical" uses the training gradients; "sampled" draws labels from the model, "exact" sums over all
             outputs; these two need `observe` on every step.
         precision: dtypes of running averages, decompositions and application.
@@ -80,7 +80,7 @@ class Preconditioner:
         method: Method | None = None,
         placement: Kaisa | None = None,
         schedule: Schedule | None = None,
-        step_control: StepControl = KLClip(),  # noqa: B008 - frozen
+        step_control: StepControl = Orthogonal(),  # noqa: B008 - frozen
         fisher: FisherSource = "empirical",
         precision: Precision | None = None,
         comm: Any = None,
@@ -97,7 +97,7 @@ class Preconditioner:
         self.method = method or KFAC()
         self.damping = as_damping(self.method.damping)
         self.schedule = schedule or Schedule()
-        self.step_control = step_control
+        self.step_control: StepControl = step_control
         self.precision = precision or Precision()
         self.steps = 0
         self.failures = 0
@@ -127,7 +127,8 @@ class Preconditioner:
             shapes, self.method, placement or Kaisa(), self.precision, self._comm, self._device
         )
         if isinstance(step_control, FixedNorm):
-            self._problem = replace(self._problem, momentum=step_control.momentum)
+            self.step_control = step_control = step_control.under(self._optimizer_momentum())
+            self._problem = replace(self._problem, momentum=step_control.momentum or 0.0)
         self._times = RefreshTimes(self.schedule, refresh_flops(self._problem))
         self.timeline = Timeline(self._comm.rank)
         self._executor = Executor(
@@ -412,6 +413,13 @@ class Preconditioner:
     def _staleness(self) -> int:
         started = [step for state in self.states.values() for step in state.refreshed.values()]
         return self.steps - min(started) if started else 0
+
+    def _optimizer_momentum(self) -> float:
+        """The momentum that the optimizer has for what is preconditioned; 0 for none."""
+        captured = {id(p) for layer in self.capture.layers.values() for p in layer.parameters}
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        ours = [group for group in groups if any(id(p) in captured for p in group["params"])]
+        return max((float(group.get("momentum") or group.get("betas", [0.0])[0]) for group in ours), default=0.0)
 
     def _learning_rates(self) -> dict[str, float]:
         if self._optimizer is None:

@@ -6,7 +6,7 @@ Without a bound a block-diagonal step is too long by about the number of layers 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -60,45 +60,62 @@ class TrustRegion(KLClip):
 
 @dataclass(frozen=True)
 class FixedNorm:
-    """Every layer's update is scaled to a root mean square of `rms`: only its direction is kept.
+    """Every layer's update gets one length: only its direction is kept.
 
-    With `momentum` not the gradient D is preconditioned but its moving average, ahead by one step (Nesterov):
-    m = momentum * m + (1 - momentum) * D, then (1 - momentum) * D + momentum * m. Leave the optimizer's own momentum at
-    0 then. Averaging before the length is fixed keeps noise from setting the length.
+    The length is norm * sqrt(max(o, a)) for a block of o rows and a columns, that of a matrix whose longer side's
+    vectors are `norm` long, less what the optimizer's own momentum m makes of it: (1 - m) times. So one learning rate
+    fits narrow and wide layers, with and without momentum.
+
+    With momentum not the gradient D is preconditioned but its moving average, ahead by one step (Nesterov):
+    m = momentum * m + (1 - momentum) * D, then (1 - momentum) * D + momentum * m. Averaging before the length is fixed
+    keeps noise from setting the length; an optimizer's own momentum, which comes after, cannot.
 
     Args:
-        rms: root mean square of a layer's update before the learning rate. Adam's is about 0.2, so with 0.2 learning
-            rates carry over from there (Liu et al. 2025).
-        momentum: weight of the old average of gradients, from 0 up to below 1; 0 keeps none.
+        norm: of an update's vectors, before the learning rate. With 0.2 a learning rate of 0.1 is a good first try.
+        momentum: weight of the old average of gradients, from 0 up to below 1; 0 keeps none. None is 0.9, and 0 where
+            the optimizer has a momentum.
 
     Raises:
         ValueError: a setting out of range.
     """
 
-    rms: float = 0.2
-    momentum: float = 0.0
+    norm: float = 0.2
+    momentum: float | None = None
 
     def __post_init__(self) -> None:
-        positive("rms", self.rms)
-        if not 0.0 <= self.momentum < 1.0:
+        positive("norm", self.norm)
+        if not 0.0 <= (self.momentum or 0.0) < 1.0:
             raise ValueError(f"momentum is {self.momentum}; give a number from 0 up to below 1")
 
-    def bound(self, update: Tensor) -> Tensor:
-        """The update [p, o, a] at its length; the given one may be overwritten."""
-        length = self.rms * math.sqrt(update.numel())
+    def under(self, momentum: float) -> FixedNorm:
+        """What to use with an optimizer of this momentum, 0 for none: updates are as much shorter as it adds up."""
+        own = (0.0 if momentum else 0.9) if self.momentum is None else self.momentum
+        return replace(self, norm=self.norm * (1.0 - momentum), momentum=own)
+
+    def bound(self, update: Tensor, shared: bool) -> Tensor:
+        """The update [p, o, a] at its length; the given one may be overwritten.
+
+        Args:
+            update: preconditioned gradient.
+            shared: whether the layer's weights are used at several positions of a sample.
+        """
+        length = self.norm * math.sqrt(update.shape[0] * max(update.shape[1:]))
         return update.mul_(length / update.norm().clamp(min=torch.finfo(update.dtype).tiny))
 
 
 @dataclass(frozen=True)
 class Orthogonal(FixedNorm):
-    """As `FixedNorm`, and before that all singular values of the update become about 1 (Muon, Jordan et al. 2024).
+    """As `FixedNorm`, and before that singular values become about 1 where weights are shared by positions.
 
-    Of a block's preconditioned gradient U S V^T remains about U V^T, by Newton-Schulz iterations. For layers whose mean
-    gradient is far from the per-sample ones that the factors describe, as in transformers.
+    Of a block's preconditioned gradient U S V^T remains about U V^T, by Newton-Schulz iterations (as in Muon, Jordan
+    et al. 2024). In convolutions and transformers a sample's gradient is a sum over positions, which a Kronecker
+    product describes coarsely; this takes out what is left. Where a sample's gradient is of rank one, the factors
+    describe it well, and small singular values are noise: such layers keep theirs.
 
     Args:
-        rms: root mean square of a layer's update before the learning rate.
-        momentum: weight of the old average of gradients, from 0 up to below 1; 0 keeps none.
+        norm: of an update's vectors, before the learning rate.
+        momentum: weight of the old average of gradients, from 0 up to below 1; 0 keeps none. None is 0.9, and 0 where
+            the optimizer has a momentum.
         iterations: of Newton and Schulz. Muon needs 5; what factors have whitened already is there sooner.
 
     Raises:
@@ -112,8 +129,8 @@ class Orthogonal(FixedNorm):
         if self.iterations < 1:
             raise ValueError(f"iterations is {self.iterations}; give at least 1, such as 3")
 
-    def bound(self, update: Tensor) -> Tensor:
-        return super().bound(orthogonal(update, self.iterations))
+    def bound(self, update: Tensor, shared: bool) -> Tensor:
+        return super().bound(orthogonal(update, self.iterations) if shared else update, shared)
 
 
 StepControl = KLClip | FixedNorm | None

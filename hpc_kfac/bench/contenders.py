@@ -197,8 +197,8 @@ def _ours(method: Callable[..., hk.Method], owners: bool = False, **fixed: Any) 
 
 
 def _defaults(model: nn.Module, loss: Loss, settings: dict[str, Any], ranks: Ranks) -> Trained:
-    """The package as it comes: nothing is set."""
-    return Preconditioned(model, loss, ranks, sgd(model))
+    """The package as it comes: nothing is set. SGD as torch has it, without momentum, which the step control has."""
+    return Preconditioned(model, loss, ranks, sgd(model, momentum=0.0))
 
 
 def _sgd(model: nn.Module, loss: Loss, settings: dict[str, Any], ranks: Ranks) -> Trained:
@@ -249,9 +249,9 @@ def _muon(model: nn.Module, loss: Loss, settings: dict[str, Any], ranks: Ranks) 
 
 
 OWN: dict[str, Contender] = {
-    "kfac": _ours(hk.KFAC, owners=True, solver="cholesky"),
+    "kfac": _ours(hk.KFAC, owners=True),
     "kfac_defaults": Contender(_defaults, "hpc_kfac"),
-    "kfac_clip": _ours(hk.KFAC, owners=True, solver="cholesky", control="kl_clip"),
+    "kfac_clip": _ours(hk.KFAC, owners=True, control="kl_clip"),
     "ekfac": _ours(hk.EKFAC),
     "eva": _ours(hk.Eva),
     "sample_matrix": _ours(hk.SampleMatrix),

@@ -18,7 +18,7 @@ def grid(**values: Any) -> list[Settings]:
     return [dict(zip(values, point, strict=True)) for point in itertools.product(*lists)]
 
 
-ROOT: Settings = {"power": 0.5, "relative_damping": True}
+ORTHOGONAL: Settings = {"control": "orthogonal", "relative_damping": True}
 
 AUTOENCODER: dict[str, list[Settings]] = {
     "kfac": grid(damping=[0.1, 0.2, 0.4], kappa=[0.1, 0.2], momentum=0.95, annealed=True),
@@ -39,7 +39,7 @@ AUTOENCODER: dict[str, list[Settings]] = {
 }
 
 IMAGES: dict[str, list[Settings]] = {
-    "kfac": grid(control=["fixed_norm", "orthogonal"], damping=[0.003, 0.01, 0.03], lr=0.015, adamw_lr=3e-3, **ROOT),
+    "kfac": grid(damping=[0.03, 0.1, 0.3], lr=[0.07, 0.1], **ORTHOGONAL),
     "kfac_clip": grid(lr=0.1, damping=[0.03, 0.1, 0.3], kappa=[0.01, 0.03], weight_decay=5e-4),
     "ekfac": grid(lr=0.1, damping=[0.03, 0.1, 0.3], kappa=[0.01, 0.03], control="kl_clip", weight_decay=5e-4),
     "eva": grid(lr=0.1, damping=[0.01, 0.03, 0.1], kappa=[0.01, 0.03], control="kl_clip", weight_decay=5e-4),
@@ -57,7 +57,7 @@ IMAGES: dict[str, list[Settings]] = {
 }
 
 GPT: dict[str, list[Settings]] = {
-    "kfac": grid(damping=[0.003, 0.01, 0.03], lr=[0.01, 0.015], control="orthogonal", adamw_lr=6e-3, **ROOT),
+    "kfac": grid(damping=[0.03, 0.1, 0.3], lr=[0.08, 0.11], **ORTHOGONAL),
     "kfac_clip": grid(lr=[0.1, 0.3], damping=[0.01, 0.03, 0.1], kappa=3e-3),
     "ekfac": grid(lr=[0.1, 0.3], damping=[0.01, 0.03, 0.1], kappa=3e-3, control="kl_clip"),
     "eva": grid(lr=[0.1, 0.3], damping=[0.01, 0.03, 0.1], kappa=3e-3, control="kl_clip"),
@@ -75,7 +75,7 @@ GPT: dict[str, list[Settings]] = {
 }
 
 DIGITS: dict[str, list[Settings]] = {
-    "kfac": grid(damping=[0.003, 0.01, 0.03], lr=0.015, control="fixed_norm", **ROOT),
+    "kfac": grid(damping=[0.03, 0.1, 0.3], lr=0.1, **ORTHOGONAL),
     "sgd": grid(lr=[0.03, 0.1, 0.3]),
     "adamw": grid(lr=[1e-3, 3e-3, 1e-2]),
     "muon": grid(lr=[0.005, 0.01, 0.02]),

@@ -1,8 +1,9 @@
 """What is run in which order: successive halving on one seed, then the winners with more seeds.
 
 Every contender gets the same seconds: all points of its grid with a ninth of the longest schedule, the best third of
-them with a third of it, the best of these with the whole. Each of these lengths is a schedule of its own, so a
-contender that is there early can win with a short one. (Successive halving: Jamieson & Talwalkar 2016.)
+them with a third of it, the best of these with three fifths and with the whole. Each of these lengths is a schedule of
+its own, so a contender that is there early can win with a short one. (Successive halving: Jamieson & Talwalkar 2016.)
+A choice that more than half of its seeds then miss gives way to the next best.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from hpc_kfac.bench.store import HARNESS, Store, code_version
 from hpc_kfac.bench.tasks import BenchTask
 from hpc_kfac.training.launch import Ranks
 
-THIRDS = (1 / 9, 1 / 3, 1.0)
+LENGTHS = (1 / 9, 1 / 3, 3 / 5, 1.0)
+"""Of the schedules, as shares of the longest."""
 
 
 class OutOfTime(RuntimeError):
@@ -65,7 +67,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self.grid = self.grid or GRIDS[self.task.name]
-        self.lengths = [self.task.seconds * share for share in THIRDS]
+        self.lengths = [self.task.seconds * share for share in LENGTHS]
         self.ran = 0
         self._overhead = 1.5  # wall seconds for one of training; measured as soon as there are runs
 
@@ -79,10 +81,12 @@ class Comparison:
         """
         for specs in self._tuning():
             self._complete(specs)
-        finals = self.finals()
-        for seed in range(1, self.seeds):
-            for specs in self._groups({c: [Spec(c, s, t, seed) for s, t in finals[c]] for c in finals}):
-                self._complete(specs)
+        done: dict[str, Any] = {}
+        while (finals := self.finals()) != done:  # what seeds show may change a choice
+            for seed in range(1, self.seeds):
+                for specs in self._groups({c: [Spec(c, s, t, seed) for s, t in finals[c]] for c in finals}):
+                    self._complete(specs)
+            done = finals
 
     def _tuning(self) -> Iterator[list[Spec]]:
         for rung in range(len(self.lengths)):
@@ -191,7 +195,10 @@ class Comparison:
         return spec.settings, spec.seconds
 
     def chosen(self, contender: str, target: float | None) -> tuple[dict[str, Any], float] | None:
-        """The point and length that were at the target first, else came closest; None if there are no runs."""
+        """The point and length that were at the target first, else came closest; None if there are no runs.
+
+        What most of its seeds miss is passed over as long as there is another that was at the target.
+        """
         tried = self.tried(contender)
         if not tried:
             return None
@@ -201,8 +208,15 @@ class Comparison:
             best = found[1].best(self.task)
             return at[0] if at else math.inf, math.inf if best is None else self.task.worth(best)
 
-        spec, _ = min(tried, key=rank)
+        ranked = [spec for spec, _ in sorted(tried, key=rank)]
+        kept = [spec for spec in ranked if target is None or not self._missed(spec, target)]
+        spec = (kept or ranked)[0]
         return spec.settings, spec.seconds
+
+    def _missed(self, spec: Spec, target: float) -> bool:
+        """Whether more than half of the seeds did not reach the target."""
+        results = self.results(spec.contender, spec.settings, spec.seconds)
+        return sum(result.reached(self.task, target) is None for result in results) > len(results) / 2
 
     def finals(self) -> dict[str, list[tuple[dict[str, Any], float]]]:
         """What more seeds are for: the choice for every target, and the references' own runs."""

@@ -96,9 +96,9 @@ class Watchdog:
             rung = self._sleep(self._interval)
             if 0 in rung or self._mpi.Is_finalized():
                 return
+            self._answer_all()  # first, for a rank that was stopped learns by it that its stall has been told
             if signal.SIGTERM in rung:
                 self._last_words()
-            self._answer_all()
             wait = self._overdue()
             if wait is not None:
                 self._investigate(*wait)
@@ -179,7 +179,7 @@ class Watchdog:
             wait = wait if before is not None and wait == before else None
         now = time.monotonic()
         # Of the first two ranks at least one is alive to say it. A stall that another rank found is told by that.
-        if wait is not None and self._comm.rank < 2 and now >= self._told_until:
+        if wait is not None and now - wait[1] >= self._interval and self._comm.rank < 2 and now >= self._told_until:
             self._say(f"{self._waited(wait[0], now - wait[1])} when SIGTERM came")
         if dies:
             os._exit(128 + signal.SIGTERM)  # the main thread may be held in a call for long

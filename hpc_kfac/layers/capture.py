@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -209,6 +210,7 @@ class Capture:
         self._first = self._first or name
         if name == self._first:  # again when a pass that no backward pass followed is repeated, as after a validation
             self._leading = inputs.shape[0] if inputs.dim() else 1
+        layer.shared = math.prod(output.shape[1:]) > layer.shape.blocks * layer.shape.outputs
         noted = layer.noted(output)
         use = Use(name, inputs.detach(), layer.module.training, self.micro_batch, inputs._version, noted)
         self._pending.setdefault(name, []).append(use)

@@ -21,6 +21,7 @@ class CapturedLayer(ABC):
         module: the module.
         shape: the blocks of its weight matrix.
         parameters: the weight and, where it is trained, the bias.
+        shared: whether the weights were used at several positions of a sample; known from the first forward pass on.
     """
 
     families: ClassVar[tuple[type[nn.Module], ...]] = ()
@@ -35,6 +36,7 @@ class CapturedLayer(ABC):
         if isinstance(bias, nn.Parameter) and bias.requires_grad:
             self.parameters.append(bias)
         self.shape = self._shape()
+        self.shared = False
 
     @staticmethod
     def obstacle(module: nn.Module) -> str | None:

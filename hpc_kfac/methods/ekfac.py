@@ -25,14 +25,14 @@ class EKFAC(Kronecker):
     a curvature that was diagonal in the old basis.
 
     Args:
-        damping: added to s, or a `Damping`.
+        damping: added to s, or a `Damping`; None for 0.1, by default of the mean.
         decay: weight of the old value in the running factors and in s.
         input_structure: "dense", "block", "diagonal", or "identity" for no rotation on the input side.
         output_structure: the same for the output side.
         block_size: rows of a block for "block".
         spatially_uncorrelated: convolutions rotate channels only.
         diagonal_above: a side with more rows than this is not rotated.
-        relative_damping: damping is a share of the mean of s.
+        relative_damping: damping is a share of the mean of s. None: only if damping is None.
 
     Raises:
         ValueError: a setting out of range.

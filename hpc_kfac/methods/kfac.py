@@ -25,7 +25,7 @@ class KFAC(Kronecker):
     """K-FAC.
 
     Args:
-        damping: added to the curvature, in units of kron(G, A), or a `Damping`.
+        damping: added to the curvature, in units of kron(G, A), or a `Damping`; None for 0.1, by default of the mean.
         decay: weight of the old value in the running factors.
         solver: "eigen" damps the Kronecker product exactly: U = Q_G [(Q_G^T D Q_A) / (d_G d_A^T + damping)] Q_A^T.
             "cholesky" damps each factor, (G + sqrt(damping)/pi I)^-1 D (A + pi sqrt(damping) I)^-1 with
@@ -37,13 +37,13 @@ class KFAC(Kronecker):
         spatially_uncorrelated: convolutions keep channel correlations only (Grosse & Martens 2016).
         diagonal_above: a side with more rows than this keeps its diagonal only.
         relative_damping: damping is a share: of the mean eigenvalue of kron(G, A) for power 1, of the mean eigenvalue
-            of each factor for power 0.5.
+            of each factor for power 0.5. None: only if damping is None.
 
     Raises:
         ValueError: a setting out of range.
     """
 
-    solver: Literal["eigen", "cholesky"] = "eigen"
+    solver: Literal["eigen", "cholesky"] = "cholesky"
     power: float = 1.0
 
     def __post_init__(self) -> None:

@@ -31,16 +31,20 @@ EIGH, INVERSE, COMPOSE = 9.0, 1.0, 2.0
 class Kronecker(Method):
     """A method on the factors A and G; the settings are those of `KFAC`."""
 
-    damping: float | Damping = 0.03
+    damping: float | Damping | None = None
     decay: float = 0.95
     input_structure: StructureName = "dense"
     output_structure: StructureName = "dense"
     block_size: int | None = None
     spatially_uncorrelated: bool = False
     diagonal_above: int | None = None
-    relative_damping: bool = False
+    relative_damping: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.relative_damping is None:
+            object.__setattr__(self, "relative_damping", self.damping is None)
+        if self.damping is None:
+            object.__setattr__(self, "damping", 0.1)
         self._check()
         for name in ("input_structure", "output_structure"):
             if getattr(self, name) not in ("dense", "block", "diagonal", "identity"):

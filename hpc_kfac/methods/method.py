@@ -75,7 +75,7 @@ class Method(ABC):
     is the caller's part, as the state table says.
     """
 
-    damping: float | Damping
+    damping: float | Damping | None
     decay: float
 
     @abstractmethod

@@ -189,7 +189,7 @@ KINDS = {
             "fixed_norm": hk.FixedNorm,
             "orthogonal": hk.Orthogonal,
         },
-        "kl_clip",
+        "orthogonal",
     ),
     "precision": Kind({"dtypes": hk.Precision}, "dtypes"),
     "checkpoint": Kind({"none": None, "hdf5": Checkpointing}, "hdf5"),

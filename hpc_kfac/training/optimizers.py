@@ -19,7 +19,7 @@ def sgd(
     model: nn.Module,
     *,
     lr: float = 0.1,
-    momentum: float = 0.9,
+    momentum: float | None = None,
     nesterov: bool = True,
     weight_decay: float = 0.0,
     adamw_lr: float | None = None,
@@ -28,12 +28,13 @@ def sgd(
 
     Args:
         lr: learning rate.
-        momentum: of the heavy ball.
+        momentum: of the heavy ball; null for 0.9, and 0 under a step control that averages gradients before.
         nesterov: look ahead with the momentum.
         weight_decay: added to the (preconditioned) gradient, times the weight.
         adamw_lr: learning rate of AdamW for all that belongs to no linear or convolution layer, without weight decay;
             null for none. Have the preconditioner skip these layers.
     """
+    momentum = 0.9 if momentum is None else momentum
     settings: dict[str, Any] = {
         "lr": lr,
         "momentum": momentum,

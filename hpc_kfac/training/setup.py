@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_kfac import Preconditioner
+from hpc_kfac import FixedNorm, Preconditioner
 from hpc_kfac.training.averaging import Averaging, OwnerAveraging, make_averaging
-from hpc_kfac.training.config import RunSettings, Settings
+from hpc_kfac.training.config import Component, RunSettings, Settings
 from hpc_kfac.training.first_order import FirstOrder
 from hpc_kfac.training.launch import InputError, Ranks, choose_device, set_threads
 from hpc_kfac.training.loader import Loader
@@ -80,7 +80,7 @@ def build(settings: Settings, ranks: Ranks, everyone: Ranks | None = None) -> Se
         freeze(task.model, run.freeze)
     model = task.model.to(device)
     with ranks.agreed():
-        optimizer = parts["optimizer"](model=model)
+        optimizer = _optimizer(parts, model)
         learning_rate = parts["lr_schedule"](length=length)
     averaging = make_averaging(run.averaging, model, optimizer, ranks, run.accumulation_steps)
     preconditioner = make_preconditioner(settings, model, averaging.optimizer, ranks, everyone)
@@ -89,6 +89,15 @@ def build(settings: Settings, ranks: Ranks, everyone: Ranks | None = None) -> Se
     return Setup(
         settings, ranks, device, task, model, averaging, preconditioner, train, test, length, learning_rate, notes
     )
+
+
+def _optimizer(parts: dict[str, Component], model: nn.Module) -> Any:
+    """SGD has a momentum of its own unless the step control averages gradients before the curvature."""
+    chosen = parts["optimizer"]
+    control = None if parts["method"].make is None else parts["step_control"]()
+    if chosen.settings.get("momentum", 0.0) is None and isinstance(control, FixedNorm):
+        chosen = replace(chosen, settings={**chosen.settings, "momentum": 0.0 if control.momentum != 0.0 else 0.9})
+    return chosen(model=model)
 
 
 def _seed(seed: int) -> None:

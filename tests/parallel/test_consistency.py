@@ -47,8 +47,8 @@ def test_equal_weights_pass(comm):
 @pytest.mark.ranks(1, 2, 3)
 def test_measured_costs_place_alike_on_all_ranks(comm):
     placement = hk.Kaisa(1.0, colocate=False, costs="measured", all_local="measured")
-    whole, _ = train(None, hk.KFAC(damping=0.1), steps=2)
-    spread, preconditioner = train(comm, hk.KFAC(damping=0.1), placement=placement, steps=2)
+    whole, _ = train(None, hk.KFAC(solver="eigen", damping=0.1), steps=2)
+    spread, preconditioner = train(comm, hk.KFAC(solver="eigen", damping=0.1), placement=placement, steps=2)
     torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9)
     assignment = preconditioner.assignment
     assert all(other == assignment for other in comm.allgather(assignment))
@@ -58,7 +58,7 @@ def test_measured_costs_place_alike_on_all_ranks(comm):
 def test_all_local_where_sending_is_slow(comm):
     slow, fast = (hk.Rates(flops=1e12, latency=latency, bandwidth=1e12) for latency in (1.0, 0.0))
     for rates, everywhere in ((slow, True), (fast, False)):
-        _, preconditioner = train(comm, hk.KFAC(damping=0.1), placement=hk.Kaisa(1.0, all_local=rates))
+        _, preconditioner = train(comm, hk.KFAC(solver="eigen", damping=0.1), placement=hk.Kaisa(1.0, all_local=rates))
         solvers = preconditioner.assignment.solvers.values()
         assert all((len(ranks) == 2) == everywhere for ranks in solvers)
         assert (preconditioner.traffic["broadcast"] == 0) == everywhere

@@ -65,7 +65,7 @@ def branched(comm, placement, schedule=None, precision=DOUBLE):
     preconditioner = hk.Preconditioner(
         model,
         torch.optim.SGD(model.parameters(), lr=0.1),
-        method=hk.KFAC(damping=0.1),
+        method=hk.KFAC(solver="eigen", damping=0.1),
         placement=placement,
         schedule=schedule,
         precision=precision,
@@ -130,13 +130,13 @@ SCHEDULES = {
 @pytest.mark.ranks(1, 2, 3, 4, 6, timeout=400)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_equal_one_process(comm, schedule):
-    whole, _ = train(None, hk.KFAC(damping=0.1), schedule=SCHEDULES[schedule], steps=9)
+    whole, _ = train(None, hk.KFAC(solver="eigen", damping=0.1), schedule=SCHEDULES[schedule], steps=9)
     for fraction in (1.0, 0.0):
         spread, preconditioner = train(
-            comm, hk.KFAC(damping=0.1), fraction=fraction, schedule=SCHEDULES[schedule], steps=9
+            comm, hk.KFAC(solver="eigen", damping=0.1), fraction=fraction, schedule=SCHEDULES[schedule], steps=9
         )
         torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9)
-    again, _ = train(comm, hk.KFAC(damping=0.1), fraction=0.0, schedule=SCHEDULES[schedule], steps=9)
+    again, _ = train(comm, hk.KFAC(solver="eigen", damping=0.1), fraction=0.0, schedule=SCHEDULES[schedule], steps=9)
     assert torch.equal(again, spread), "two runs, bitwise"
 
 
@@ -144,7 +144,7 @@ def test_schedules_equal_one_process(comm, schedule):
 @pytest.mark.parametrize("schedule", ["similarity", "trace"])
 def test_adaptive_schedules_leave_refreshes_out(comm, schedule):
     def refreshes(chosen):
-        _, preconditioner = train(comm, hk.KFAC(damping=0.1), schedule=chosen, steps=9)
+        _, preconditioner = train(comm, hk.KFAC(solver="eigen", damping=0.1), schedule=chosen, steps=9)
         return preconditioner.traffic["broadcast"]
 
     assert refreshes(SCHEDULES[schedule]) < refreshes(hk.Schedule(1, 1))
@@ -154,8 +154,10 @@ def test_adaptive_schedules_leave_refreshes_out(comm, schedule):
 def test_own_samples_only(comm):
     """The owner's factors are those of its own shard; there is no factor traffic."""
     placement = hk.Kaisa(0.0, factors="local")
-    _, preconditioner = train(comm, hk.KFAC(damping=0.1), placement=placement, schedule=hk.Schedule(1, 1), steps=1)
-    _, alone = train(None, hk.KFAC(damping=0.1), schedule=hk.Schedule(1, 1), steps=0)
+    _, preconditioner = train(
+        comm, hk.KFAC(solver="eigen", damping=0.1), placement=placement, schedule=hk.Schedule(1, 1), steps=1
+    )
+    _, alone = train(None, hk.KFAC(solver="eigen", damping=0.1), schedule=hk.Schedule(1, 1), steps=0)
     assert preconditioner.traffic["reduce"] == preconditioner.traffic["scatter"] == 0
     torch.manual_seed(0)
     x, y, _ = shard(0, comm.rank, comm.size)
@@ -178,22 +180,24 @@ BOUNDS = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.int8: 0.3}
 @pytest.mark.parametrize("payload", BOUNDS, ids=str)
 def test_rounded_payloads(comm, payload):
     precision = hk.Precision(payload=payload)
-    start, _ = train(None, hk.KFAC(damping=0.1), steps=0)
-    whole, _ = train(comm, hk.KFAC(damping=0.1))
-    spread, preconditioner = train(comm, hk.KFAC(damping=0.1), precision=precision)
+    start, _ = train(None, hk.KFAC(solver="eigen", damping=0.1), steps=0)
+    whole, _ = train(comm, hk.KFAC(solver="eigen", damping=0.1))
+    spread, preconditioner = train(comm, hk.KFAC(solver="eigen", damping=0.1), precision=precision)
     assert 0 < (spread - whole).norm() < BOUNDS[payload] * (whole - start).norm()
     assert all(torch.equal(spread, other) for other in comm.allgather(spread))
-    _, full = train(comm, hk.KFAC(damping=0.1), precision=hk.Precision())
+    _, full = train(comm, hk.KFAC(solver="eigen", damping=0.1), precision=hk.Precision())
     sent = preconditioner.traffic["reduce"] + preconditioner.traffic["scaled"]
     assert sent < full.traffic["reduce"]
 
 
 @pytest.mark.ranks(2, 4)
 def test_bfloat16_reaches_owners(comm):
-    start, _ = train(None, hk.KFAC(damping=0.1), steps=0)
-    whole, _ = train(comm, hk.KFAC(damping=0.1))
+    start, _ = train(None, hk.KFAC(solver="eigen", damping=0.1), steps=0)
+    whole, _ = train(comm, hk.KFAC(solver="eigen", damping=0.1))
     placement = hk.Kaisa(0.0, factors="owner")
-    spread, _ = train(comm, hk.KFAC(damping=0.1), placement=placement, precision=hk.Precision(payload=torch.bfloat16))
+    spread, _ = train(
+        comm, hk.KFAC(solver="eigen", damping=0.1), placement=placement, precision=hk.Precision(payload=torch.bfloat16)
+    )
     assert 0 < (spread - whole).norm() < BOUNDS[torch.bfloat16] * (whole - start).norm()
 
 
@@ -268,7 +272,9 @@ def test_traffic_is_that_of_the_formulas(comm):
 def test_owner_updates_cost_no_more_than_an_allreduce(comm):
     placement = hk.Kaisa(0.0, factors="owner")
     schedule = hk.Schedule(statistics=100, refresh=100)
-    _, preconditioner = train(comm, hk.KFAC(damping=0.1), placement=placement, schedule=schedule, owners_update=True)
+    _, preconditioner = train(
+        comm, hk.KFAC(solver="eigen", damping=0.1), placement=placement, schedule=schedule, owners_update=True
+    )
     parameters = sum(p.numel() for p in preconditioner._model.parameters())
     assert preconditioner.traffic["gradients"] == preconditioner.traffic["weights"] == STEPS * 8 * parameters
     assert preconditioner.traffic["share"] == 0
@@ -277,9 +283,11 @@ def test_owner_updates_cost_no_more_than_an_allreduce(comm):
 @pytest.mark.ranks(1, 2, 3, 4, 6, timeout=400)
 def test_memory_of_owners_does_not_grow_with_the_ranks(comm):
     placement = hk.Kaisa(0.0, factors="owner")
-    _, preconditioner = train(comm, hk.KFAC(damping=0.1), placement=placement, owners_update=True, steps=2)
+    _, preconditioner = train(
+        comm, hk.KFAC(solver="eigen", damping=0.1), placement=placement, owners_update=True, steps=2
+    )
     held = sum(sum(roles.values()) for roles in preconditioner.memory().values())
-    _, alone = train(None, hk.KFAC(damping=0.1), steps=2)
+    _, alone = train(None, hk.KFAC(solver="eigen", damping=0.1), steps=2)
     whole = {name: sum(roles.values()) for name, roles in alone.memory().items()}
     assert comm.allreduce(held) == sum(whole.values())
     assert comm.allreduce(held, op=max_of()) <= sum(whole.values()) / comm.size + max(whole.values())

@@ -77,16 +77,16 @@ def test_beside_distributed_data_parallel(comm, process_group):
 
 @pytest.mark.ranks(2)
 def test_two_runs_are_bitwise_equal_on_all_ranks(comm):
-    first, _ = train(comm, hk.KFAC(damping=0.1), fisher="sampled")
-    second, _ = train(comm, hk.KFAC(damping=0.1), fisher="sampled")
+    first, _ = train(comm, hk.KFAC(solver="eigen", damping=0.1), fisher="sampled")
+    second, _ = train(comm, hk.KFAC(solver="eigen", damping=0.1), fisher="sampled")
     assert torch.equal(first, second)
     assert all(torch.equal(first, other) for other in comm.allgather(first))
 
 
 @pytest.mark.ranks(2)
 def test_accumulation_equals_the_whole_batch(comm):
-    whole, _ = train(None, hk.KFAC(damping=0.1), fisher="sampled")
-    spread, _ = train(comm, hk.KFAC(damping=0.1), fisher="sampled", accumulation=3)
+    whole, _ = train(None, hk.KFAC(solver="eigen", damping=0.1), fisher="sampled")
+    spread, _ = train(comm, hk.KFAC(solver="eigen", damping=0.1), fisher="sampled", accumulation=3)
     torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9)
 
 
@@ -94,8 +94,8 @@ def test_accumulation_equals_the_whole_batch(comm):
 def test_statistics_between_refreshes_are_reduced_once(comm):
     """Local running averages commute with the mean over ranks, so intervals 1 and 4 move factors twice in 8 steps."""
     schedule = hk.Schedule(statistics=1, refresh=4)
-    whole, _ = train(None, hk.KFAC(damping=0.1), schedule=schedule, steps=8)
-    spread, preconditioner = train(comm, hk.KFAC(damping=0.1), schedule=schedule, steps=8)
+    whole, _ = train(None, hk.KFAC(solver="eigen", damping=0.1), schedule=schedule, steps=8)
+    spread, preconditioner = train(comm, hk.KFAC(solver="eigen", damping=0.1), schedule=schedule, steps=8)
     torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9)
     once = sum(op.bytes for op in preconditioner.plan(0) if op.kind == "reduce")
     assert preconditioner.traffic["reduce"] == 2 * once > 0
@@ -147,7 +147,7 @@ def test_a_layer_unused_on_some_ranks(comm, fraction):
     model = Branching().double()
     preconditioner = hk.Preconditioner(
         model,
-        method=hk.KFAC(damping=0.1),
+        method=hk.KFAC(solver="eigen", damping=0.1),
         placement=hk.Kaisa(fraction),
         schedule=hk.Schedule(1, 1),
         step_control=None,

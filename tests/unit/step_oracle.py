@@ -65,7 +65,7 @@ def mlp(*widths: int, seed: int = 0, bias: bool = True, activation: type[nn.Modu
 
 def preconditioner_of(model: nn.Module, **settings: Any) -> hk.Preconditioner:
     """With float64 state, statistics and refresh on every step, and no bound on the step."""
-    defaults = {"method": hk.KFAC(damping=DAMPING), "schedule": hk.Schedule(1, 1), "step_control": None}
+    defaults = {"method": hk.KFAC(solver="eigen", damping=DAMPING), "schedule": hk.Schedule(1, 1), "step_control": None}
     return hk.Preconditioner(model, **{**defaults, "precision": DOUBLE, **settings})
 
 

@@ -59,7 +59,7 @@ def test_freezing_something_else_contradicts() -> None:
         (["--epochs", "20"], "epochs: 10 -> 20"),
         (["--max_skipped", "20"], "max_skipped: 10 -> 20"),
         (["--optimizer.lr", "0.01"], "optimizer.lr: 0.1 -> 0.01"),
-        (["--method.damping", "0.5"], "method.damping: 0.03 -> 0.5"),
+        (["--method.damping", "0.5"], "method.damping: null -> 0.5"),
         (["--device", "cpu"], "device: auto -> cpu"),
         (["--schedule.refresh", "{0: 5, 25: 25}"], "schedule.refresh: {'0': 10, '100': 100} -> {'0': 5, '25': 25}"),
     ],

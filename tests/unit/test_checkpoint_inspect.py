@@ -39,7 +39,7 @@ def trained(folder: Path, steps: int = 3, seed: int = 0) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     preconditioner = hk.Preconditioner(
-        model, optimizer, method=hk.KFAC(damping=0.25), schedule=hk.Schedule(statistics=1, refresh=2)
+        model, optimizer, method=hk.KFAC(solver="eigen", damping=0.25), schedule=hk.Schedule(statistics=1, refresh=2)
     )
     for step in range(1, steps + 1):
         x, y = torch.randn(20, 4), torch.randint(0, 2, (20,))

@@ -63,7 +63,7 @@ def test_nested_classes_mappings_and_dtypes(file) -> None:
                 "method: {name: kfac, damping: {class_path: LevenbergMarquardt, init_args: {initial: 0.2}}}\n"
                 "schedule: {statistics: {0: 1, 100: 10}}\n"
                 "precision: {apply: bfloat16}\n"
-                "step_control: {name: orthogonal, rms: 2.0}\n"
+                "step_control: {name: orthogonal, norm: 2.0}\n"
             )
         ]
     )

@@ -66,7 +66,7 @@ def inverse_power(matrix: Tensor, power: float) -> Tensor:
 @pytest.mark.parametrize("shape", [SHAPE, CONV, EMBEDDING, NORM], ids=["linear", "conv", "embedding", "norm"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_eigen_is_the_dense_solve(variant: str, shape: LayerShape) -> None:
-    method = KFAC(solver="eigen", **VARIANTS[variant])
+    method = KFAC(relative_damping=False, solver="eigen", **VARIANTS[variant])
     batch, state = prepared(method, shape, 0.07)
     a, g = dense_factors(method, state, shape)
     for damping in (0.07, 3.0):  # damping counts when preconditioning, not when refreshing
@@ -77,7 +77,7 @@ def test_eigen_is_the_dense_solve(variant: str, shape: LayerShape) -> None:
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.floats(1e-3, 10.0))
 @settings(max_examples=25, deadline=None)
 def test_eigen_is_the_dense_solve_for_any_size(p: int, o: int, a: int, damping: float) -> None:
-    shape, method = LayerShape(p, a, o), KFAC()
+    shape, method = LayerShape(p, a, o), KFAC(solver="eigen", relative_damping=False)
     batch, state = prepared(method, shape, damping)
     expected = solve_kron(*reversed(dense_factors(method, state, shape)), batch.gradient(), damping)
     torch.testing.assert_close(method.precondition(batch.gradient(), state, shape, damping), expected)
@@ -119,7 +119,7 @@ def test_split_damping_is_the_dense_solve(relative: bool, power: float, variant:
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "unpreconditioned"])
 def test_relative_damping_of_the_eigen_solver_is_a_share_of_the_mean_eigenvalue(variant: str) -> None:
-    method = KFAC(relative_damping=True, **VARIANTS[variant])
+    method = KFAC(solver="eigen", relative_damping=True, **VARIANTS[variant])
     batch, state = prepared(method, SHAPE, 0.2)
     a, g = dense_factors(method, state, SHAPE)
     update = method.precondition(batch.gradient(), state, SHAPE, 0.2)
@@ -133,7 +133,7 @@ def test_relative_damping_of_the_eigen_solver_is_a_share_of_the_mean_eigenvalue(
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", [SHAPE, CONV, NORM], ids=["linear", "conv", "norm"])
 def test_quadratic_is_the_dense_form_and_closes_the_identity(variant: str, shape: LayerShape) -> None:
-    method, damping = KFAC(**VARIANTS[variant]), 0.07
+    method, damping = KFAC(solver="eigen", relative_damping=False, **VARIANTS[variant]), 0.07
     batch, state = prepared(method, shape, damping)
     a, g = dense_factors(method, state, shape)
     gradient = batch.gradient()
@@ -144,9 +144,9 @@ def test_quadratic_is_the_dense_form_and_closes_the_identity(variant: str, shape
     torch.testing.assert_close((update * gradient).sum(), quadratic + damping * update.square().sum())
 
 
-@pytest.mark.parametrize("settings_", [{}, {"solver": "cholesky"}, {"power": 0.5}])
+@pytest.mark.parametrize("settings_", [{"solver": "eigen"}, {"solver": "cholesky"}, {"power": 0.5}])
 def test_refresh_is_repeatable_and_reads_only(settings_: dict) -> None:
-    method = KFAC(**settings_)
+    method = KFAC(relative_damping=False, **settings_)
     _, state = prepared(method, SHAPE, 0.1)
     before = {name: value.clone() for name, value in state.items()}
     first, second = method.refresh(state, SHAPE, 0.1), method.refresh(state, SHAPE, 0.1)
@@ -157,18 +157,18 @@ def test_refresh_is_repeatable_and_reads_only(settings_: dict) -> None:
         assert torch.equal(value, state[name])
 
 
-@pytest.mark.parametrize("settings_", [{}, {"solver": "cholesky"}, {"power": 0.5}])
+@pytest.mark.parametrize("settings_", [{"solver": "eigen"}, {"solver": "cholesky"}, {"power": 0.5}])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("side", ["A", "G"])
 def test_non_finite_factor_is_an_error(settings_: dict, bad: float, side: str) -> None:
-    method = KFAC(**settings_)
+    method = KFAC(relative_damping=False, **settings_)
     _, state = prepared(method, SHAPE, 0.1)
     state[side][1, 0, 0] = bad
     with pytest.raises(torch.linalg.LinAlgError):
         method.refresh(state, SHAPE, 0.1)
 
 
-@pytest.mark.parametrize("settings_", [{}, {"solver": "cholesky"}, {"power": 0.5}])
+@pytest.mark.parametrize("settings_", [{"solver": "eigen"}, {"solver": "cholesky"}, {"power": 0.5}])
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("zero", [("A",), ("G",), ("A", "G")])
 def test_zero_factors_give_finite_updates(settings_: dict, relative: bool, zero: tuple[str, ...]) -> None:
@@ -180,9 +180,9 @@ def test_zero_factors_give_finite_updates(settings_: dict, relative: bool, zero:
     assert bool(method.precondition(batch.gradient(), state, SHAPE, 0.1).isfinite().all())
 
 
-@pytest.mark.parametrize("settings_", [{}, {"solver": "cholesky"}, {"power": 0.5}])
+@pytest.mark.parametrize("settings_", [{"solver": "eigen"}, {"solver": "cholesky"}, {"power": 0.5}])
 def test_rank_deficient_factors_and_one_by_one(settings_: dict) -> None:
-    method = KFAC(**settings_)
+    method = KFAC(relative_damping=False, **settings_)
     for shape, samples in ((LayerShape(1, 9, 7), 2), (LayerShape(1, 1, 1), 5)):
         batch = correlated_batch(1, samples, 1, shape.outputs, shape.inputs)
         state = method.statistics(batch, {}, shape)
@@ -193,7 +193,7 @@ def test_rank_deficient_factors_and_one_by_one(settings_: dict) -> None:
 
 
 def test_fold_starts_from_the_first_batch_and_weighs_the_old_value() -> None:
-    method = KFAC()
+    method = KFAC(solver="eigen", relative_damping=False)
     state: State = {}
     first = method.statistics(correlated_batch(2, 5, 1, 4, 5, seed=1), state, SHAPE)
     method.fold(state, {name: value.clone() for name, value in first.items()}, 0.9)
@@ -206,10 +206,10 @@ def test_fold_starts_from_the_first_batch_and_weighs_the_old_value() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("settings_", [{}, {"solver": "cholesky"}, {"power": 0.5}])
+@pytest.mark.parametrize("settings_", [{"solver": "eigen"}, {"solver": "cholesky"}, {"power": 0.5}])
 @pytest.mark.parametrize("shape", [SHAPE, CONV, EMBEDDING, NORM], ids=["linear", "conv", "embedding", "norm"])
 def test_state_table_is_what_the_functions_make(shape: LayerShape, settings_: dict, variant: str) -> None:
-    method = KFAC(**settings_, **VARIANTS[variant])
+    method = KFAC(relative_damping=False, **settings_, **VARIANTS[variant])
     _, state = prepared(method, shape, 0.1)
     table = {spec.name: spec for spec in method.state(shape)}
     assert {name: spec.shape for name, spec in table.items()} == {name: tuple(t.shape) for name, t in state.items()}
@@ -220,20 +220,20 @@ def test_state_table_is_what_the_functions_make(shape: LayerShape, settings_: di
 
 
 def test_structures_are_bounded_by_the_layer() -> None:
-    assert KFAC().structures(SHAPE) == (Dense(), Dense())
-    assert KFAC().structures(EMBEDDING) == (Diagonal(), Dense())
-    assert KFAC().structures(NORM) == (Dense(), Identity())
-    assert KFAC(diagonal_above=4).structures(SHAPE) == (Diagonal(), Dense())
-    assert KFAC(input_structure="block", block_size=3).structures(SHAPE) == (Blocks(3), Dense())
-    assert KFAC(input_structure="block", block_size=8).structures(SHAPE) == (Dense(), Dense())
-    spatial = KFAC(spatially_uncorrelated=True, diagonal_above=2)
+    assert KFAC(solver="eigen").structures(SHAPE) == (Dense(), Dense())
+    assert KFAC(solver="eigen").structures(EMBEDDING) == (Diagonal(), Dense())
+    assert KFAC(solver="eigen").structures(NORM) == (Dense(), Identity())
+    assert KFAC(solver="eigen", diagonal_above=4).structures(SHAPE) == (Diagonal(), Dense())
+    assert KFAC(solver="eigen", input_structure="block", block_size=3).structures(SHAPE) == (Blocks(3), Dense())
+    assert KFAC(solver="eigen", input_structure="block", block_size=8).structures(SHAPE) == (Dense(), Dense())
+    spatial = KFAC(solver="eigen", relative_damping=False, spatially_uncorrelated=True, diagonal_above=2)
     assert spatial.structures(CONV) == (SpatiallyUncorrelated(3, True), Diagonal())
     assert spatial.structures(LayerShape(1, 10, 2, kernel=3, bias=True))[0] == Diagonal()
 
 
 def test_low_precision_application_is_close_and_keeps_dtype() -> None:
-    for settings_ in ({}, {"solver": "cholesky"}, {"power": 0.5}):
-        method = KFAC(**settings_)
+    for settings_ in ({"solver": "eigen"}, {"solver": "cholesky"}, {"power": 0.5}):
+        method = KFAC(relative_damping=False, **settings_)
         batch, state = prepared(method, SHAPE, 0.5)
         exact = method.precondition(batch.gradient(), state, SHAPE, 0.5)
         low = dict(state)
@@ -246,9 +246,9 @@ def test_low_precision_application_is_close_and_keeps_dtype() -> None:
         assert 0.999 < float(cosine) <= 1.0 + 1e-9
 
 
-@pytest.mark.parametrize("settings_", [{}, {"solver": "cholesky"}, {"power": 0.5}])
+@pytest.mark.parametrize("settings_", [{"solver": "eigen"}, {"solver": "cholesky"}, {"power": 0.5}])
 def test_only_large_layers_are_applied_in_low_precision(settings_: dict) -> None:
-    method = KFAC(**settings_)
+    method = KFAC(relative_damping=False, **settings_)
     for shape, large in ((NORM, False), (LayerShape(1, 288, 32), False), (LayerShape(1, 576, 64), True)):
         operands = {spec.name for spec in method.state(shape) if spec.operand}
         ends = ("basis", "inverse", "root")
@@ -257,13 +257,15 @@ def test_only_large_layers_are_applied_in_low_precision(settings_: dict) -> None
 
 def test_cost_follows_the_formulas() -> None:
     shape = LayerShape(3, 20, 10)
-    eigen, cholesky, root = (KFAC(**s).cost(shape) for s in ({}, {"solver": "cholesky"}, {"power": 0.5}))
+    eigen, cholesky, root = (
+        KFAC(**s).cost(shape) for s in ({"solver": "eigen"}, {"solver": "cholesky"}, {"power": 0.5})
+    )
     assert eigen.statistics == 3 * 2 * (20**2 + 10**2)
     assert eigen.refresh == 3 * 9 * (20**3 + 10**3)
     assert eigen.precondition == 3 * (4 * 200 * 30 + 3 * 200)
     assert (cholesky.refresh, root.refresh) == (3 * 9000, 3 * 11 * 9000)
     assert cholesky.precondition == root.precondition == 3 * 2 * 200 * 30
-    one_sided = KFAC(output_structure="identity").cost(shape)
+    one_sided = KFAC(solver="eigen", output_structure="identity").cost(shape)
     assert one_sided.precondition == 3 * (4 * 20 * 20 * 10 + 3 * 200)
 
 
@@ -285,4 +287,4 @@ def test_cost_follows_the_formulas() -> None:
 )
 def test_bad_settings_are_named(settings_: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        KFAC(**settings_)
+        KFAC(relative_damping=False, **settings_)

@@ -208,7 +208,7 @@ def test_running_average_weighs_steps_by_their_terms() -> None:
     """decay times the weight of the old terms, (1 - decay) times the new: a short batch counts less."""
     x, y = x_and_labels()
     model = net()
-    preconditioner = preconditioner_of(model, method=hk.KFAC(decay=0.9))
+    preconditioner = preconditioner_of(model, method=hk.KFAC(solver="eigen", decay=0.9))
     alone = [one_step(net(), x[part], y[part]).factor("4", "A") for part in (slice(0, 6), slice(6, 8))]
     for part in (slice(0, 6), slice(6, 8)):
         F.cross_entropy(model(x[part]), y[part]).backward()

@@ -102,7 +102,8 @@ def test_plain_run_equals_a_handwritten_loop(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fisher", ["empirical", "sampled"])
 def test_accumulation_changes_nothing(tmp_path: Path, method: str, fisher: str) -> None:
     words = ["--method", method, "--fisher", fisher, "--schedule.statistics", "1", "--precision.factors", "float64"]
-    words += ["--precision.solve", "float64", "--precision.apply", "float64"]
+    words += ["--precision.solve", "float64", "--precision.apply", "float64", "--step_control", "trust_region"]
+    words += [] if method == "none" else ["--method.damping", "0.03"]
     whole, _ = trained(tmp_path, *words)
     parts, _ = trained(tmp_path, *words, "--accumulation_steps", "3")  # 100 samples in parts of 34, 33 and 33
     # EKFAC's scales depend on the basis, which rounding turns where eigenvalues almost coincide.
