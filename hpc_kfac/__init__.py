@@ -4,7 +4,7 @@ from hpc_kfac.consistency import WeightsDiffer
 from hpc_kfac.damping import AnnealedDamping, Damping, LevenbergMarquardt, ScheduledDamping
 from hpc_kfac.distributed import Kaisa, Rates
 from hpc_kfac.fisher import BinaryCrossEntropy, CrossEntropy, OutputDistribution, SquaredError
-from hpc_kfac.methods import EKFAC, KFAC, Eva, Method, SampleMatrix
+from hpc_kfac.methods import EKFAC, KFAC, METHODS, Eva, Method, SampleMatrix
 from hpc_kfac.owner_optimizer import OwnerOptimizer
 from hpc_kfac.precision import Precision
 from hpc_kfac.preconditioner import Preconditioner, TrainingDiverged
@@ -24,6 +24,7 @@ __all__ = [
     "Eva",
     "FixedNorm",
     "KLClip",
+    "METHODS",
     "Kaisa",
     "LayerReport",
     "LevenbergMarquardt",

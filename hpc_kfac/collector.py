@@ -213,6 +213,7 @@ class Collector:
         """Statistics of one micro-batch, merged with those of the earlier ones of this step."""
         if batch.count <= 0:
             return
+        batch.ranks = self._ranks
         fresh = self._method.statistics(batch, self._states[name].view(), self._shapes[name])
         if not all(bool(torch.isfinite(tensor.sum())) for tensor in fresh.values()):
             return  # an overflown micro-batch, as a gradient scaler meets now and then

@@ -39,7 +39,7 @@ def make_problem(
         for unit in units or [(name, "")]:
             specs = [s for s in method.state(shapes[name]) if s.role == "solved" and s.part == unit[1]]
             sent = sum(Slot(name, s.name, s.shape, precision.stored(s), s.symmetric).bytes for s in specs)
-            costs[unit] = UnitCost(method.refresh_flops(shapes[name], unit[1]), sent)
+            costs[unit] = UnitCost(method.refresh_flops(shapes[name], unit[1]), sent, method.refreshed_by_all)
     if "measured" in (placement.costs, placement.all_local):
         measured, rate = measure_costs(costs, method, shapes, precision, comm, device)
         costs = measured if placement.costs == "measured" else costs

@@ -273,7 +273,7 @@ class Executor:
         if kind in self._exchange.post:
             self._post(operation)
         elif kind == "fold":
-            self._inputs.fold()
+            self._fold()
         elif kind == "control":
             self._agree()
         else:
@@ -281,6 +281,17 @@ class Executor:
         self._note(kind, operation.about, start)
         if self._flying:
             self._comm.progress()
+
+    def _fold(self) -> None:
+        method = self._problem.method
+        if method.reads == "samples":
+            self._inputs.fold()
+            return
+        for name, layer in self._layers.items():
+            if self._problem.assignment.works_on(self._comm.rank, name):
+                gradient, state = layer.gradient(self._workspace), self._states[name]
+                if bool(torch.isfinite(gradient.sum())):  # else all ranks skip the step
+                    method.fold_gradient(state.running, state.solved, gradient, self._problem.shapes[name])
 
     def _post(self, operation: Operation) -> None:
         works, finish = self._exchange.post[operation.kind](operation)

@@ -404,7 +404,7 @@ class Preconditioner:
     def _start_step(self) -> None:
         self._due = self._due_at(self.steps)
         self._executor.begin(self._plan(self._due, 0))
-        self._collector.start(self.steps, armed=self._due.statistics)
+        self._collector.start(self.steps, armed=self._due.statistics and self.method.reads == "samples")
 
     def _due_at(self, step: int) -> Due:
         times = self._times

@@ -141,7 +141,8 @@ class Problem:
         running = [spec for specs in self.specs.values() for spec in specs if spec.role == "running"]
         gathers = any(spec.reduce == "gather" for spec in running)
         early = any(spec.reduce_at == "statistics" for spec in running)
-        if self.assignment.helpers and (gathers or early):
+        kept = any(spec.reduce == "none" for spec in running)
+        if self.assignment.helpers and (gathers or early or kept):
             raise ValueError(f"placement.helpers is {self.assignment.helpers}, but {method} needs statistics on every"
                              " rank; use helpers with kfac, or helpers: 0")  # fmt: skip
         if factors == "local" and gathers:
@@ -184,9 +185,11 @@ class Problem:
     def holds(self, rank: int, layer: str, spec: StateSpec) -> bool:
         """Whether the rank keeps the tensor after a refresh."""
         owner = self.assignment.owner[layer]
+        if spec.role == "running" and spec.reduce == "none":
+            return self.assignment.works_on(rank, layer)
         if spec.role == "running":
             alone = self.assignment.factors == "local" or self._to_owner(spec)
-            return spec.reduce == "none" or not alone or rank == owner
+            return not alone or rank == owner
         if self.assignment.factors == "local":
             return self.assignment.works_on(rank, layer)
         return spec.lives == "all" or self.assignment.works_on(rank, layer)
@@ -325,7 +328,8 @@ class Problem:
     def _audience(self, layer: str, spec: StateSpec, root: int) -> tuple[int, ...]:
         if self.assignment.helpers:
             return (*self.trainers, root)
-        everybody = (spec.lives == "all" or spec.rebased) and self.assignment.factors != "local"
+        rebased = spec.rebased and spec.reduce != "none"
+        everybody = (spec.lives == "all" or rebased) and self.assignment.factors != "local"
         if everybody:
             return tuple(self.trainers)
         return tuple(self.assignment.members(self.assignment.group(self.assignment.owner[layer])))

@@ -94,7 +94,7 @@ TASKS = {
     task.name: task
     for task in (
         BenchTask("autoencoder", _autoencoder, 500, 120.0, ERROR, True, references=("adamw", "muon")),
-        BenchTask("cnn", _cnn, 250, 120.0, ACCURACY, False),
+        BenchTask("cnn", _cnn, 250, 120.0, ACCURACY, False, test_samples=4000),
         BenchTask("resnet20", _resnet20, 128, 600.0, ACCURACY, False, test_samples=2000, turn=10.0),
         BenchTask("cifar_resnet20", _cifar_resnet20, 128, 1200.0, ACCURACY, False, test_samples=2000, turn=20.0),
         BenchTask(

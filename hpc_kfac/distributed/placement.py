@@ -31,10 +31,12 @@ class UnitCost:
     Args:
         refresh: floating-point operations of its decomposition.
         bytes: payload of the broadcast of its solved form.
+        by_all: every rank that needs the solved form makes it, whatever the rates.
     """
 
     refresh: float
     bytes: int = 0
+    by_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -248,8 +250,10 @@ class Kaisa:
         return owner, solvers
 
     def _everywhere(self, cost: UnitCost, workers: int) -> bool:
-        if self.all_local is None or workers == 1:
+        if workers == 1:
             return False
+        if cost.by_all or self.all_local is None:
+            return cost.by_all
         assert isinstance(self.all_local, Rates), "measured rates are filled in before"
         return self.all_local.computes_faster(cost)
 

@@ -95,9 +95,11 @@ class LayerBatch(Protocol):
 
     Attributes:
         count: M, the number of loss terms on this rank.
+        ranks: how many ranks take statistics of the layer.
     """
 
     count: float
+    ranks: int
 
     def input_moment(self, structure: Structure) -> Tensor:
         """A, the mean of x x^T over positions, in the given structure."""
@@ -109,6 +111,28 @@ class LayerBatch(Protocol):
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean of x over positions [p, a], and (1/M) sum of g [p, o].
+
+        Raises:
+            ValueError: with an exact Fisher, whose g have no meaningful mean.
+        """
+        ...
+
+    def paired_moments(
+        self,
+        output_form: Tensor | None,
+        input_form: Tensor | None,
+        output_structure: Structure,
+        input_structure: Structure,
+    ) -> tuple[Tensor, Tensor]:
+        """Moments weighted by the other side: (1/M) sum of (g^T W_G g) x x^T, and (1/M) sum of (x^T W_A x) g g^T.
+
+        Sums over positions, each as if it were a sample, in the given structures; so are the forms W, of which None is
+        the identity: F applied to W_G and to W_A, for the F of these samples. Never asked where a side is ``Identity``.
+        """
+        ...
+
+    def mean_gradient(self) -> Tensor:
+        """(1/M) sum of g x^T over positions, [p, o, a].
 
         Raises:
             ValueError: with an exact Fisher, whose g have no meaningful mean.
@@ -127,4 +151,12 @@ class LayerBatch(Protocol):
 
     def rows(self, limit: int) -> tuple[Tensor, Tensor]:
         """X [p, n, a] and R [p, n, o] of n <= limit evenly spaced samples: x averaged over positions, g summed."""
+        ...
+
+    def sample_gradients(self, limit: int) -> Tensor:
+        """Gradients [p, n, o, a] of n <= limit evenly spaced samples, scaled so that the mean of u u^T stands for F."""
+        ...
+
+    def position_rows(self, limit: int) -> tuple[Tensor, Tensor]:
+        """As `rows`, of n <= limit evenly spaced positions of all samples."""
         ...

@@ -16,7 +16,7 @@ from hpc_kfac.layers.selection import select
 
 
 class Capture:
-    """Captures a model's layers. Nothing is kept or computed while ``armed`` is False.
+    """Captures a model's layers. Nothing of a pass is kept while ``armed`` is False.
 
     The first dimension of every input is taken as the sample, except where only the feature dimensions are there.
     A captured input stays in memory until it is taken, also inside an activation checkpoint.
@@ -173,7 +173,10 @@ class Capture:
     def _hook(self, layer: CapturedLayer) -> list[Any]:
         # Plain functions: deepcopy keeps them as they are, and they know a copied module from the captured one.
         def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if self.armed and module is layer.module and (self.only is None or layer.name in self.only):
+            if module is not layer.module:
+                return
+            layer.shared = math.prod(output.shape[1:]) > layer.shape.blocks * layer.shape.outputs
+            if self.armed and (self.only is None or layer.name in self.only):
                 self._note(layer, args[0] if args else kwargs["input"], output)
 
         def gradient(parameter: nn.Parameter) -> None:
@@ -210,7 +213,6 @@ class Capture:
         self._first = self._first or name
         if name == self._first:  # again when a pass that no backward pass followed is repeated, as after a validation
             self._leading = inputs.shape[0] if inputs.dim() else 1
-        layer.shared = math.prod(output.shape[1:]) > layer.shape.blocks * layer.shape.outputs
         noted = layer.noted(output)
         use = Use(name, inputs.detach(), layer.module.training, self.micro_batch, inputs._version, noted)
         self._pending.setdefault(name, []).append(use)

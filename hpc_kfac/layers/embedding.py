@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from hpc_kfac.layers.batch import LayerShape, Reading, Use
 from hpc_kfac.layers.layer import CapturedLayer
-from hpc_kfac.layers.positions import refuse_draws, spread
+from hpc_kfac.layers.positions import quadratic_form, refuse_draws, spread, weighted_gram
 from hpc_kfac.linalg.structure import Diagonal, Structure
 
 
 class EmbeddingBatch:
     """All positions of all uses in one list: sample, token, and gradient [K, positions, o]."""
+
+    ranks = 1
 
     def __init__(
         self, shape: LayerShape, padding: int | None, uses: Sequence[Use], count: float, reading: Reading
@@ -64,6 +66,34 @@ class EmbeddingBatch:
         frequency = torch.bincount(self.token, minlength=self.shape.inputs).to(self.g) / max(len(self.token), 1)
         return frequency.unsqueeze(0), self.g.sum(1) * (self.reading.scale / self.count)
 
+    def paired_moments(
+        self,
+        output_form: Tensor | None,
+        input_form: Tensor | None,
+        output_structure: Structure,
+        input_structure: Structure,
+    ) -> tuple[Tensor, Tensor]:
+        factor = self.reading.scale**2 / self.count
+        if self.reading.reduce:
+            x, g = self._sample_inputs(), self._sample_gradients()
+            by_x, by_g = x.square(), quadratic_form(g, output_form, output_structure).sum(0)
+            by_x = (by_x if input_form is None else by_x * input_form).sum(1)
+            diagonal = by_g @ x.square()
+        else:
+            g, by_g = self.g, quadratic_form(self.g, output_form, output_structure).sum(0)
+            by_x = self.g.new_ones(len(self.token)) if input_form is None else input_form[0].to(self.g)[self.token]
+            diagonal = self.g.new_zeros(self.shape.inputs).index_add_(0, self.token, by_g)
+        moment = weighted_gram(g.flatten(0, 1).unsqueeze(0), by_x.repeat(g.shape[0]).unsqueeze(0), output_structure)
+        return diagonal.unsqueeze(0) * factor, moment * factor
+
+    def mean_gradient(self) -> Tensor:
+        refuse_draws(self.reading.draws)
+        factor = self.reading.scale / self.count
+        if self.reading.reduce:
+            return (self._sample_gradients()[0].mT @ self._sample_inputs()).unsqueeze(0) * factor
+        total = self.g.new_zeros(self.shape.inputs, self.shape.outputs).index_add_(0, self.token, self.g[0])
+        return total.t().unsqueeze(0) * factor
+
     def projected_square(
         self,
         output_basis: Tensor | None,
@@ -93,6 +123,35 @@ class EmbeddingBatch:
         x = x.view(len(chosen), -1) / self.lengths[chosen].clamp(min=1)[:, None]
         factor = self.reading.scale * (self.samples * draws / self.count) ** 0.5
         return x[row].unsqueeze(0), self._sample_gradients()[draw, sample].unsqueeze(0) * factor
+
+    def sample_gradients(self, limit: int) -> Tensor:
+        """As ``LayerBatch.sample_gradients``: a column for each token."""
+        if self.reading.reduce:
+            x, r = self.rows(limit)
+            return r.unsqueeze(3) * x.unsqueeze(2)
+        draws = self.g.shape[0]
+        sample, draw = spread(limit, self.samples, draws, self.token.device)
+        found = self.g.new_zeros(len(sample), self.shape.inputs, self.shape.outputs)
+        for row, (s, k) in enumerate(zip(sample.tolist(), draw.tolist(), strict=True)):
+            here = self.sample == s
+            found[row].index_add_(0, self.token[here], self.g[k, here])
+        return found.mT.unsqueeze(0) * (self.reading.scale * (self.samples * draws / self.count) ** 0.5)
+
+    def position_rows(self, limit: int) -> tuple[Tensor, Tensor]:
+        """As ``LayerBatch.position_rows``, scaled as those of the other families."""
+        if self.reading.reduce:
+            return self.rows(limit)
+        draws = self.g.shape[0]
+        place, draw = spread(limit, len(self.token), draws, self.token.device)
+        x = torch.nn.functional.one_hot(self.token[place], self.shape.inputs).to(self.g)
+        factor = self.reading.scale * (len(self.token) * draws / self.count) ** 0.5
+        return x.unsqueeze(0), self.g[draw, place].unsqueeze(0) * factor
+
+    def _sample_inputs(self) -> Tensor:
+        """Frequencies of the tokens of each sample [N, a]."""
+        counts = self.g.new_zeros(self.samples * self.shape.inputs)
+        counts.index_add_(0, self.sample * self.shape.inputs + self.token, torch.ones_like(self.g[0, :, 0]))
+        return counts.view(self.samples, -1) / self.lengths.clamp(min=1)[:, None]
 
     def _sample_gradients(self) -> Tensor:
         """Gradients summed over the positions of each sample [K, N, o]."""

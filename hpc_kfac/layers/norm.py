@@ -27,6 +27,8 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 class NormBatch:
     """Rows [p, N, a] of the per-sample gradients, N running over samples and draws; the output rows are ones."""
 
+    ranks = 1
+
     def __init__(self, layer: NormLayer, uses: Sequence[Use], count: float, reading: Reading) -> None:
         self.shape, self.count, self.reading = layer.shape, count, reading
         self.layer, self.uses = layer, uses
@@ -55,6 +57,19 @@ class NormBatch:
         refuse_draws(self.reading.draws)
         return self._rows.sum(1) / self.count, self._rows.new_ones(self.shape.blocks, 1)
 
+    def paired_moments(
+        self,
+        output_form: Tensor | None,
+        input_form: Tensor | None,
+        output_structure: Structure,
+        input_structure: Structure,
+    ) -> tuple[Tensor, Tensor]:
+        raise ValueError("a norm layer has no output factor to pair its input factor with")
+
+    def mean_gradient(self) -> Tensor:
+        refuse_draws(self.reading.draws)
+        return self._rows.sum(1, keepdim=True) / self.count
+
     def projected_square(
         self,
         output_basis: Tensor | None,
@@ -72,6 +87,15 @@ class NormBatch:
         x = self._gradients[draw, sample].transpose(0, 1)
         r = x.new_full((self.shape.blocks, len(sample), 1), (samples * draws / self.count) ** 0.5)
         return x, r
+
+    def sample_gradients(self, limit: int) -> Tensor:
+        """As ``LayerBatch.sample_gradients``."""
+        x, r = self.rows(limit)
+        return r.unsqueeze(3) * x.unsqueeze(2)
+
+    def position_rows(self, limit: int) -> tuple[Tensor, Tensor]:
+        """The rows of samples: a norm layer's gradient has no positions left."""
+        return self.rows(limit)
 
 
 class NormLayer(CapturedLayer):

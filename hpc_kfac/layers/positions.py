@@ -46,6 +46,8 @@ class Part:
 class PositionBatch(ABC):
     """A ``LayerBatch`` for a family that knows its input and gradient rows; it overrides what it does faster."""
 
+    ranks = 1
+
     def __init__(self, shape: LayerShape, uses: Sequence[Use], count: float, reading: Reading) -> None:
         self.shape, self.count = shape, count
         self.scale, self.draws, self.reduce, self.dtype = reading.scale, reading.draws, reading.reduce, reading.dtype
@@ -113,6 +115,41 @@ class PositionBatch(ABC):
         """Sum of the input rows over samples and positions [p, a]."""
         return torch.stack([self.inputs(part, which).sum((1, 2)) for which in self._input_chunks(part)]).sum(0)
 
+    def paired_moments(
+        self,
+        output_form: Tensor | None,
+        input_form: Tensor | None,
+        output_structure: Structure,
+        input_structure: Structure,
+    ) -> tuple[Tensor, Tensor]:
+        totals: list[Tensor | float] = [0.0, 0.0]
+        for x, g in self._pairs():
+            by_x = quadratic_form(x, input_form, input_structure).unsqueeze(1)
+            by_g = quadratic_form(g, output_form, output_structure).sum(1)
+            totals[0] = totals[0] + weighted_gram(x.flatten(1, 2), by_g.flatten(1), input_structure)
+            weights = by_x.expand(g.shape[:-1]).flatten(1)
+            totals[1] = totals[1] + weighted_gram(g.flatten(1, 3), weights, output_structure)
+        factor = self.scale**2 / self.count
+        return torch.as_tensor(totals[0]) * factor, torch.as_tensor(totals[1]) * factor
+
+    def mean_gradient(self) -> Tensor:
+        refuse_draws(self.draws)
+        total = sum(g[:, 0].flatten(1, 2).mT @ x.flatten(1, 2) for x, g in self._pairs())
+        return torch.as_tensor(total) * (self.scale / self.count)
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Input rows [p, n, T, a] and their gradients [p, K, n, T, o], some samples at a time."""
+        for group in self.groups:
+            draws = group[0].g.shape[0]
+            width = self.shape.blocks * (self.shape.inputs + draws * self.shape.outputs)
+            for which in self._chunks(group[0].samples, width * max(part.positions for part in group)):
+                if self.reduce:
+                    x, g = self._sample_inputs(group, which), self._sample_gradients(group, which)
+                    yield x.unsqueeze(2), g.unsqueeze(3)
+                else:
+                    for part in group:
+                        yield self.inputs(part, which), self.gradients(part, which)
+
     def projected_square(
         self,
         output_basis: Tensor | None,
@@ -174,6 +211,41 @@ class PositionBatch(ABC):
         factor = self.scale * (sum(sizes) * draws / self.count) ** 0.5
         return torch.cat(xs, dim=1), torch.cat(gs, dim=1) * factor
 
+    def sample_gradients(self, limit: int) -> Tensor:
+        """As ``LayerBatch.sample_gradients``: sums over positions, exact where weights are shared."""
+        if self.reduce:
+            x, r = self.rows(limit)
+            return r.unsqueeze(3) * x.unsqueeze(2)
+        draws, sizes = self.groups[0][0].g.shape[0], [group[0].samples for group in self.groups]
+        sample, draw = spread(limit, sum(sizes), draws, self.groups[0][0].x.device)
+        found, start = [], 0
+        for group, size in zip(self.groups, sizes, strict=True):
+            chosen = (sample >= start) & (sample < start + size)
+            which, row = sample[chosen] - start, torch.arange(int(chosen.sum()), device=sample.device)
+            terms = [self.gradients(part, which)[:, draw[chosen], row].mT @ self.inputs(part, which) for part in group]
+            found.append(torch.stack(terms).sum(0))
+            start += size
+        return torch.cat(found, dim=1) * (self.scale * (sum(sizes) * draws / self.count) ** 0.5)
+
+    def position_rows(self, limit: int) -> tuple[Tensor, Tensor]:
+        """As ``LayerBatch.position_rows``, R scaled so that the mean of r r^T stands for G."""
+        if self.reduce:
+            return self.rows(limit)
+        parts = self._parts()
+        draws, sizes = parts[0].g.shape[0], [part.samples * part.positions for part in parts]
+        place, draw = spread(limit, sum(sizes), draws, parts[0].x.device)
+        xs, gs, start = [], [], 0
+        for part, size in zip(parts, sizes, strict=True):
+            chosen = (place >= start) & (place < start + size)
+            which = place[chosen] - start
+            sample, position = which // max(part.positions, 1), which % max(part.positions, 1)
+            row = torch.arange(len(which), device=which.device)
+            xs.append(self.inputs(part, sample)[:, row, position])
+            gs.append(self.gradients(part, sample)[:, draw[chosen], row, position])
+            start += size
+        factor = self.scale * (sum(sizes) * draws / self.count) ** 0.5
+        return torch.cat(xs, dim=1), torch.cat(gs, dim=1) * factor
+
     def _parts(self) -> list[Part]:
         return [part for group in self.groups for part in group]
 
@@ -211,6 +283,22 @@ def spread(limit: int, samples: int, draws: int, device: torch.device) -> tuple[
     pair = torch.arange(n, device=device) * (samples * draws) // max(n, 1)
     sample = pair // draws
     return sample, (pair + sample) % draws
+
+
+def quadratic_form(rows: Tensor, form: Tensor | None, structure: Structure) -> Tensor:
+    """r^T W r of each row [p, ..., d] -> [p, ...]; None is the identity."""
+    if form is None:
+        return rows.square().sum(-1)
+    flat = rows.flatten(1, -2)
+    return (flat * structure.right(flat, form.to(rows.dtype))).sum(-1).view(rows.shape[:-1])
+
+
+def weighted_gram(rows: Tensor, weights: Tensor, structure: Structure) -> Tensor:
+    """Sum of w r r^T over rows [p, n, d] and weights [p, n] of any sign."""
+    total = structure.gram(rows * weights.clamp(min=0).sqrt().unsqueeze(-1))
+    if bool((weights < 0).any()):
+        total = total - structure.gram(rows * weights.neg().clamp(min=0).sqrt().unsqueeze(-1))
+    return total.to(rows.dtype)
 
 
 def refuse_draws(draws: bool) -> None:

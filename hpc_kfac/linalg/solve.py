@@ -51,6 +51,29 @@ def positive_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp_min_(0), basis.contiguous()
 
 
+def relative_eigh(matrix: Tensor, metric: Tensor, damping: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Values s and K with K^T (M + damping I) K = I and K^T S K = diag(s), for symmetric S, M [p, n, n].
+
+    Args:
+        matrix: S, of any signs.
+        metric: M, positive semi-definite.
+        damping: a number or [p].
+
+    Raises:
+        torch.linalg.LinAlgError: the damped metric is not positive definite, or something is not finite.
+    """
+    require_finite(matrix, "second factor")
+    require_finite(metric, "factor")
+    damped = metric.clone()
+    shift = damping.reshape(-1, 1) if isinstance(damping, Tensor) and damping.ndim else damping
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift)
+    root = torch.linalg.cholesky(damped)
+    left = torch.linalg.solve_triangular(root, matrix, upper=False)
+    whitened = torch.linalg.solve_triangular(root, left.mT, upper=False)
+    values, basis = torch.linalg.eigh((whitened + whitened.mT).mul_(0.5))
+    return values, torch.linalg.solve_triangular(root.mT, basis, upper=True).contiguous()
+
+
 def spectral(values: Tensor, basis: Tensor) -> Tensor:
     """Q diag(values) Q^T, exactly symmetric; values [..., n], Q [..., n, n]."""
     product = (basis * values[..., None, :]) @ basis.mT

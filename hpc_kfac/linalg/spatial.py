@@ -81,9 +81,9 @@ class SpatiallyUncorrelated(Structure):
     def inverse(self, tensor: Tensor, damping: Tensor | float) -> Tensor:
         return damped_inverse(self._with_bias(tensor), damping)
 
-    def inverse_root(self, tensor: Tensor, damping: Tensor | float) -> Tensor:
+    def inverse_root(self, tensor: Tensor, damping: Tensor | float, root: int = 2) -> Tensor:
         values, basis = positive_eigh(self._with_bias(tensor))
-        return spectral(damped_root(values, damping), basis)
+        return spectral(damped_root(values, damping, root), basis)
 
     def eigh(self, tensor: Tensor, d: int) -> tuple[Tensor, Tensor | None]:
         values, basis = positive_eigh(tensor)

@@ -66,8 +66,8 @@ class Structure(ABC):
         """
 
     @abstractmethod
-    def inverse_root(self, tensor: Tensor, damping: Tensor | float) -> Tensor:
-        """(S + damping I)^-1/2, as `inverse`."""
+    def inverse_root(self, tensor: Tensor, damping: Tensor | float, root: int = 2) -> Tensor:
+        """(S + damping I)^(-1/root), as `inverse`."""
 
     @abstractmethod
     def eigh(self, tensor: Tensor, d: int) -> tuple[Tensor, Tensor | None]:
@@ -134,9 +134,9 @@ class Dense(Structure):
     def inverse(self, tensor: Tensor, damping: Tensor | float) -> Tensor:
         return damped_inverse(tensor, damping)
 
-    def inverse_root(self, tensor: Tensor, damping: Tensor | float) -> Tensor:
+    def inverse_root(self, tensor: Tensor, damping: Tensor | float, root: int = 2) -> Tensor:
         values, basis = positive_eigh(tensor)
-        return spectral(damped_root(values, damping), basis)
+        return spectral(damped_root(values, damping, root), basis)
 
     def eigh(self, tensor: Tensor, d: int) -> tuple[Tensor, Tensor | None]:
         return positive_eigh(tensor)
@@ -209,9 +209,9 @@ class Blocks(Structure):
     def inverse(self, tensor: Tensor, damping: Tensor | float) -> Tensor:
         return damped_inverse(tensor, damping)
 
-    def inverse_root(self, tensor: Tensor, damping: Tensor | float) -> Tensor:
+    def inverse_root(self, tensor: Tensor, damping: Tensor | float, root: int = 2) -> Tensor:
         values, basis = positive_eigh(tensor)
-        return spectral(damped_root(values, damping), basis)
+        return spectral(damped_root(values, damping, root), basis)
 
     def eigh(self, tensor: Tensor, d: int) -> tuple[Tensor, Tensor | None]:
         # The last block is decomposed without its padding: eigh would mix padding into the basis of zero eigenvalues.
@@ -290,8 +290,8 @@ class Diagonal(Structure):
     def inverse(self, tensor: Tensor, damping: Tensor | float) -> Tensor:
         return self._damped(tensor, damping).reciprocal()
 
-    def inverse_root(self, tensor: Tensor, damping: Tensor | float) -> Tensor:
-        return self._damped(tensor, damping).rsqrt()
+    def inverse_root(self, tensor: Tensor, damping: Tensor | float, root: int = 2) -> Tensor:
+        return self._damped(tensor, damping).pow(-1.0 / root)
 
     def eigh(self, tensor: Tensor, d: int) -> tuple[Tensor, Tensor | None]:
         require_finite(tensor, "diagonal factor")
@@ -339,7 +339,7 @@ class Identity(Structure):
     def inverse(self, tensor: Tensor, damping: Tensor | float) -> Tensor:
         raise ValueError("an identity factor cannot be damped; give all damping to the other factor")
 
-    def inverse_root(self, tensor: Tensor, damping: Tensor | float) -> Tensor:
+    def inverse_root(self, tensor: Tensor, damping: Tensor | float, root: int = 2) -> Tensor:
         return self.inverse(tensor, damping)
 
     def eigh(self, tensor: Tensor, d: int) -> tuple[Tensor, Tensor | None]:
@@ -363,8 +363,8 @@ def _column(damping: Tensor | float) -> Tensor | float:
     return damping[:, None] if isinstance(damping, Tensor) and damping.ndim else damping
 
 
-def damped_root(values: Tensor, damping: Tensor | float) -> Tensor:
-    """(values + damping)^-1/2, values [p, ..., n], damping a number or [p].
+def damped_root(values: Tensor, damping: Tensor | float, root: int = 2) -> Tensor:
+    """(values + damping)^(-1/root), values [p, ..., n], damping a number or [p].
 
     Raises:
         torch.linalg.LinAlgError: a damped value is not positive.
@@ -374,4 +374,4 @@ def damped_root(values: Tensor, damping: Tensor | float) -> Tensor:
     damped = values + damping
     if not bool((damped > 0).all()):
         raise torch.linalg.LinAlgError("a damped factor has eigenvalues that are not positive")
-    return damped.rsqrt()
+    return damped.pow(-1.0 / root)

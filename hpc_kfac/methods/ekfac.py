@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,10 +33,20 @@ class EKFAC(Kronecker):
         spatially_uncorrelated: convolutions rotate channels only.
         diagonal_above: a side with more rows than this is not rotated.
         relative_damping: damping is a share of the mean of s. None: only if damping is None.
+        moments_of: "samples" measures s on every sample's gradient; "batch" takes N (Q_G^T D Q_A)^2 of the mean
+            gradient D of N samples, the paper's running average, which projects no samples but is noisier.
 
     Raises:
         ValueError: a setting out of range.
     """
+
+    name: ClassVar[str] = "ekfac"
+    moments_of: Literal["samples", "batch"] = "samples"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.moments_of not in ("samples", "batch"):
+            raise ValueError(f"moments_of is {self.moments_of!r}; choose samples or batch")
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
         second_moment = StateSpec(
@@ -54,6 +64,9 @@ class EKFAC(Kronecker):
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
         fresh = super().statistics(batch, state, shape)
         if "second_moment" in state or not self.sides(shape):  # without factors there is no basis to wait for
+            if self.moments_of == "batch":
+                rotated = self.to_basis(batch.mean_gradient(), state, shape)
+                return {**fresh, "second_moment": rotated.square_().mul_(batch.count)}
             a_structure, g_structure = self.structures(shape)
             a_basis, g_basis = (_full_precision(basis) for basis in self.bases(state, shape))
             fresh["second_moment"] = batch.projected_square(g_basis, a_basis, g_structure, a_structure)

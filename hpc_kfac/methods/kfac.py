@@ -7,7 +7,7 @@ of a sample's own loss. One-sided, diagonal, block-diagonal and spatially uncorr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class KFAC(Kronecker):
-    """K-FAC.
+    """K-FAC: F = kron(G, A), damped and inverted factor by factor or in its eigenbasis.
 
     Args:
         damping: added to the curvature, in units of kron(G, A), or a `Damping`; None for 0.1, by default of the mean.
@@ -43,6 +43,7 @@ class KFAC(Kronecker):
         ValueError: a setting out of range.
     """
 
+    name: ClassVar[str] = "kfac"
     solver: Literal["eigen", "cholesky"] = "cholesky"
     power: float = 1.0
 
@@ -102,19 +103,20 @@ class KFAC(Kronecker):
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         if self._exact:
             return self.decompose(state, shape, part)
-        dampings = self._split_damping(state, shape, damping)
+        factors = self.factors(state, shape)
+        dampings = self.split_damping(factors, shape, damping)
         result = {}
         for name, structure, _ in self.sides(shape):
             if part is not None and part != name:
                 continue
             solve = structure.inverse if self.power == 1.0 else structure.inverse_root
-            result[f"{name}_{self._solved_name}"] = solve(state[name], dampings[name])
+            result[f"{name}_{self._solved_name}"] = solve(factors[name], dampings[name])
         return result
 
-    def _split_damping(self, state: State, shape: LayerShape, damping: float) -> dict[str, Tensor | float]:
+    def split_damping(self, factors: State, shape: LayerShape, damping: float) -> dict[str, Tensor | float]:
         """Damping of each factor, [p] where it depends on traces."""
         sides = self.sides(shape)
-        means = {name: mean_or_one(structure.trace(state[name], d) / d) for name, structure, d in sides}
+        means = {name: mean_or_one(structure.trace(factors[name], d) / d) for name, structure, d in sides}
         if self.relative_damping and self.power == 0.5:
             return {name: damping * mean for name, mean in means.items()}
         if len(sides) < 2:  # the identity on the other side leaves the product equal to this factor
@@ -155,7 +157,7 @@ class KFAC(Kronecker):
         return torch.add(values, self.spread_damping(damping, sides, work), out=damped)
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
-        a_factor, g_factor = self._by_side(state, shape, "")
+        a_factor, g_factor = self._by_side(self.factors(state, shape), shape, "")
         work = Workspace()
         left = self.two_sided(delta, g_factor, None, shape, work)
         return (left * self.two_sided(delta, None, a_factor, shape, work)).sum()

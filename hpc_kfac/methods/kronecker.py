@@ -41,10 +41,7 @@ class Kronecker(Method):
     relative_damping: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.relative_damping is None:
-            object.__setattr__(self, "relative_damping", self.damping is None)
-        if self.damping is None:
-            object.__setattr__(self, "damping", 0.1)
+        self._default_damping()
         self._check()
         for name in ("input_structure", "output_structure"):
             if getattr(self, name) not in ("dense", "block", "diagonal", "identity"):
@@ -113,6 +110,10 @@ class Kronecker(Method):
         ]
 
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
+        return self.moments(batch, shape)
+
+    def moments(self, batch: LayerBatch, shape: LayerShape) -> State:
+        """Fresh factors by name."""
         a_structure, g_structure = self.structures(shape)
         fresh = {}
         if not isinstance(a_structure, Identity):
@@ -121,17 +122,21 @@ class Kronecker(Method):
             fresh["G"] = batch.output_moment(g_structure)
         return fresh
 
+    def factors(self, state: State, shape: LayerShape) -> State:
+        """The factors by name whose product stands for the curvature."""
+        return {name: state[name] for name, _, _ in self.sides(shape)}
+
     def part_of(self, side: str) -> str:
         """The part of a refresh that makes what is solved of a side."""
         return ""
 
     def decompose(self, state: State, shape: LayerShape, part: str | None = None) -> State:
         """Eigenvalues and bases by name; no basis where the factor is diagonal already."""
-        result = {}
+        result, factors = {}, self.factors(state, shape)
         for name, structure, d in self.sides(shape):
             if part is not None and part != self.part_of(name):
                 continue
-            result[f"{name}_values"], basis = structure.eigh(state[name], d)
+            result[f"{name}_values"], basis = structure.eigh(factors[name], d)
             if basis is not None:
                 result[f"{name}_basis"] = basis
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
@@ -75,8 +75,27 @@ class Method(ABC):
     is the caller's part, as the state table says.
     """
 
+    name: ClassVar[str] = ""
+    """What run files call it; a class without a name of its own is no method yet."""
     damping: float | Damping | None
     decay: float
+    reads: ClassVar[Literal["samples", "gradients"]] = "samples"
+    """Whether statistics come from the samples of each rank, or from the averaged gradient alone."""
+    refreshed_by_all: ClassVar[bool] = False
+    """Whether a refresh takes so little that every rank does its own, and the result is never sent."""
+
+    def __init_subclass__(cls) -> None:
+        """Completes the docstring by the settings of its parents: help texts are made of it."""
+        super().__init_subclass__()
+        described = [settings_of(parent.__doc__ or "") for parent in cls.__mro__]
+        own = described[0]
+        inherited: dict[str, str] = {}
+        for entries in reversed(described[1:]):
+            inherited |= {name: text for name, text in entries.items() if name not in own}
+        if inherited and cls.__doc__:
+            lines = "".join(inherited.values())
+            head, args, tail = cls.__doc__.partition("    Args:\n")
+            cls.__doc__ = head + args + lines + tail if args else f"{head.rstrip()}\n\n    Args:\n{lines}    "
 
     @abstractmethod
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
@@ -85,6 +104,19 @@ class Method(ABC):
     @abstractmethod
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
         """Fresh means of this rank's batch by the names of running specs; one that cannot be filled yet is omitted."""
+
+    def fold_gradient(self, running: State, solved: State, gradient: Tensor, shape: LayerShape) -> None:
+        """Takes the averaged gradient into the running tensors, in place; for a method that reads gradients.
+
+        Every rank that preconditions the layer does so alike, and nothing is reduced.
+
+        Args:
+            running: changed.
+            solved: as far as there are any; not changed.
+            gradient: D [p, o, a]; not changed.
+            shape: of the layer.
+        """
+        raise NotImplementedError
 
     def fold(self, state: State, fresh: State, decay: float) -> None:
         """running = decay * running + (1 - decay) * fresh, in place; a name not yet in the state is taken as it is."""
@@ -139,9 +171,30 @@ class Method(ABC):
     def cost(self, shape: LayerShape) -> Cost:
         """Floating-point operations, from closed formulas."""
 
+    def _default_damping(self) -> None:
+        """For settings `damping` and `relative_damping` that may be None; called first."""
+        if getattr(self, "relative_damping", None) is None:
+            object.__setattr__(self, "relative_damping", self.damping is None)
+        if self.damping is None:
+            object.__setattr__(self, "damping", 0.1)
+
     def _check(self) -> None:
         """Checks the settings that all methods share; called at the end of construction."""
         if not isinstance(self.damping, Damping):
             positive("damping", self.damping)
         if not 0.0 <= self.decay < 1.0:
             raise ValueError(f"decay is {self.decay}; give the weight of the old average, from 0 up to below 1")
+
+
+def settings_of(docstring: str) -> dict[str, str]:
+    """The entries of a docstring's Args, by name, as they stand there."""
+    _, _, body = docstring.partition("    Args:\n")
+    entries: dict[str, str] = {}
+    name = ""
+    for line in body.splitlines(keepends=True):
+        if not line.startswith(" " * 8):
+            break
+        if not line.startswith(" " * 9):
+            name = line.strip().partition(":")[0]
+        entries[name] = entries.get(name, "") + line
+    return entries

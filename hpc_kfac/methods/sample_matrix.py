@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hpc_kfac.damping import Damping
 from hpc_kfac.linalg.solve import damped_inverse, multiply
 from hpc_kfac.linalg.workspace import Workspace
-from hpc_kfac.methods.method import Cost, Method, State, StateSpec
+from hpc_kfac.methods.method import Cost, State, StateSpec
+from hpc_kfac.methods.sample_rows import SampleRows, samples
 
 if TYPE_CHECKING:
-    from hpc_kfac.layers.batch import LayerBatch, LayerShape
+    from hpc_kfac.layers.batch import LayerShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleMatrix(Method):
+class SampleMatrix(SampleRows):
     """The layer's own Fisher block from the latest samples of all ranks, undistorted by a Kronecker product.
 
     With rows u_n = vec(g_n x_n^T) / sqrt(N) of a matrix V, F = V^T V and K = V V^T = (X X^T) * (R R^T) / N elementwise,
@@ -27,52 +26,24 @@ class SampleMatrix(Method):
     of a refresh are kept with its kernel, since newer rows would not fit it. N is the number of samples, also where
     the loss is a mean over positions.
 
-    Args:
-        damping: added to the curvature, or a `Damping`; the value of the last refresh counts.
-        decay: has no effect, rows are replaced and not averaged.
-        rows: samples that each rank contributes; a batch with fewer leaves the rest empty.
-
-    Raises:
-        ValueError: a setting out of range.
+    The settings are those of `SampleRows`.
     """
 
-    damping: float | Damping = 0.03
-    decay: float = 0.0
-    rows: int = 64
-
-    def __post_init__(self) -> None:
-        self._check()
-        if self.rows < 1:
-            raise ValueError(f"rows is {self.rows}; give at least 1 sample a rank")
+    name: ClassVar[str] = "sample_matrix"
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
         p, n = shape.blocks, self.rows
         sizes = {"X": shape.inputs, "R": shape.outputs}
-        valid = StateSpec("valid", (p, n, 1), "running", reduce="gather", lives="all", rank_axes=(1,))
         return (
-            *(
-                StateSpec(name, (p, n, d), "running", reduce="gather", lives="all", rank_axes=(1,))
-                for name, d in sizes.items()
-            ),
-            valid,
+            *self.row_specs(shape),
             *(StateSpec(f"{name}_solved", (p, n, d), "solved", rank_axes=(1,)) for name, d in sizes.items()),
             StateSpec("kernel_inverse", (p, n, n), "solved", symmetric=True, rank_axes=(1, 2)),
             StateSpec("kernel_damping", (p,), "solved"),
         )
 
-    def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
-        inputs, outputs = batch.rows(self.rows)
-        padding = (0, 0, 0, self.rows - inputs.shape[1])
-        valid = inputs.new_ones(shape.blocks, inputs.shape[1], 1)
-        return {"X": F.pad(inputs, padding), "R": F.pad(outputs, padding), "valid": F.pad(valid, padding)}
-
-    def fold(self, state: State, fresh: State, decay: float) -> None:
-        """Replaces the rows."""
-        state.update(fresh)
-
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         inputs = state["X"].clone()
-        outputs = state["R"] / _samples(state).sqrt()
+        outputs = state["R"] / samples(state).sqrt()
         kernel = multiply(inputs, inputs.mT) * multiply(outputs, outputs.mT)
         return {
             "X_solved": inputs,
@@ -88,7 +59,7 @@ class SampleMatrix(Method):
         work = Workspace() if work is None else work
         inputs, outputs = state["X_solved"], state["R_solved"]
         exact = work.cast("exact", gradient, inputs.dtype)
-        products = _products(exact, inputs, outputs, work)
+        products = row_products(exact, inputs, outputs, work)
         weights = torch.bmm(state["kernel_inverse"], products, out=work.like("weights", products))
         weighted = torch.mul(outputs, weights, out=work.like("weighted", outputs))
         update = torch.bmm(weighted.mT, inputs, out=work.like("correction", exact))
@@ -96,8 +67,8 @@ class SampleMatrix(Method):
         return work.cast("update", update, gradient.dtype)
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
-        products = _products(delta.to(state["X"].dtype), state["X"], state["R"], Workspace())
-        return (products.square() / _samples(state)).sum()
+        products = row_products(delta.to(state["X"].dtype), state["X"], state["R"], Workspace())
+        return (products.square() / samples(state)).sum()
 
     def cost(self, shape: LayerShape) -> Cost:
         """Flops for the rows of one rank, n: refresh 2 n^2 (a + o) + n^3, gradient 4 n a o + 2 n^2; rows are free."""
@@ -106,12 +77,7 @@ class SampleMatrix(Method):
         return Cost(0.0, refresh, 4.0 * n * shape.parameters + 2.0 * p * n * n)
 
 
-def _samples(state: State) -> Tensor:
-    """Rows in use, [p, 1, 1]; at least 1."""
-    return state["valid"].sum(1, keepdim=True).clamp_min(1.0)
-
-
-def _products(matrix: Tensor, inputs: Tensor, outputs: Tensor, work: Workspace) -> Tensor:
+def row_products(matrix: Tensor, inputs: Tensor, outputs: Tensor, work: Workspace) -> Tensor:
     """g_n^T matrix x_n of each row, [p, n, 1], in scratch."""
     rows = torch.bmm(inputs, matrix.mT, out=work.like("weighted", outputs)).mul_(outputs)
     products = work.take("products", (*rows.shape[:2], 1), rows.dtype, rows.device)

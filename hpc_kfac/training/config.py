@@ -20,6 +20,7 @@ from jsonargparse.typing import register_type
 
 import hpc_kfac as hk
 from hpc_kfac.checkpoint import Checkpointing
+from hpc_kfac.methods import METHODS
 from hpc_kfac.training.launch import InputError
 from hpc_kfac.training.optimizers import OPTIMIZERS, SCHEDULES
 from hpc_kfac.training.tasks import TASKS
@@ -176,9 +177,7 @@ KINDS = {
     "task": Kind(TASKS, "digits", given="seed"),
     "optimizer": Kind(OPTIMIZERS, "sgd", given="model"),
     "lr_schedule": Kind(SCHEDULES, "constant", given="length"),
-    "method": Kind(
-        {"none": None, "kfac": hk.KFAC, "ekfac": hk.EKFAC, "eva": hk.Eva, "sample_matrix": hk.SampleMatrix}, "kfac"
-    ),
+    "method": Kind({"none": None, **METHODS}, "kfac"),
     "placement": Kind({"kaisa": hk.Kaisa}, "kaisa"),
     "schedule": Kind({"intervals": hk.Schedule}, "intervals"),
     "step_control": Kind(

@@ -11,7 +11,7 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 import hpc_kfac as hk
-from hpc_kfac import checkpoint
+from hpc_kfac import checkpoint, methods
 
 DOUBLE = hk.Precision(torch.float64, torch.float64, torch.float64)
 BATCH, STEPS = 37, 4  # no rank count divides it, and every factor has full rank, without which eigenbases are arbitrary
@@ -23,6 +23,25 @@ METHODS: dict[str, Callable[[], hk.Method]] = {
     "eva": lambda: hk.Eva(damping=0.1),
     "sample-matrix": lambda: hk.SampleMatrix(damping=0.1, rows=37),
 }
+
+# What they share with those above is tested there. Those in SAME give one process's updates on any number of ranks.
+RELATIVES: dict[str, Callable[[], hk.Method]] = {
+    "tkfac": lambda: methods.TKFAC(damping=0.1),
+    "tekfac": lambda: methods.TEKFAC(damping=0.1),
+    "kpsvd": lambda: methods.KPSVD(damping=0.1),
+    "kpsvd-2": lambda: methods.KPSVD(damping=0.5, terms=2, first="kfac"),
+    "skfac": lambda: methods.SKFAC(damping=0.1, rows=37),
+    "eva-f": lambda: methods.EvaF(damping=0.1),
+    "eva-s": lambda: methods.EvaS(damping=0.1),
+    "mkor": lambda: methods.MKOR(),
+    "seng": lambda: methods.SENG(damping=0.1, rows=37, columns=None),
+    "shampoo": lambda: methods.Shampoo(damping=0.1, graft="rmsprop"),
+    "soap": lambda: methods.SOAP(damping=0.1),
+    "hylo": lambda: methods.HyLo(damping=0.1, rows=4),
+    "tnt": lambda: methods.TNT(damping=0.1),
+    "ekfac-batch": lambda: hk.EKFAC(damping=0.1, moments_of="batch"),
+}
+SAME = [name for name in RELATIVES if name not in ("hylo", "tnt", "ekfac-batch")]
 
 
 class Net(nn.Module):

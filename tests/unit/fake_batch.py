@@ -13,6 +13,8 @@ from hpc_kfac.methods.method import Method
 class FakeBatch:
     """x [p, N, T, a] and g [p, N, T, o]: N samples of T positions each, in p blocks; N loss terms."""
 
+    ranks = 1
+
     def __init__(self, x: Tensor, g: Tensor) -> None:
         self.x, self.g = x, g
         self.count = float(x.shape[1])
@@ -31,9 +33,37 @@ class FakeBatch:
     def means(self) -> tuple[Tensor, Tensor]:
         return self.x.mean((1, 2)), self.g.sum((1, 2)) / self.count
 
-    def sample_gradients(self) -> Tensor:
+    def paired_moments(
+        self,
+        output_form: Tensor | None,
+        input_form: Tensor | None,
+        output_structure: Structure,
+        input_structure: Structure,
+    ) -> tuple[Tensor, Tensor]:
+        def form(matrix: Tensor | None, structure: Structure, d: int) -> Tensor:
+            blocks = torch.eye(d, dtype=self.x.dtype).expand(len(self.x), d, d)
+            return blocks if matrix is None else structure.to_dense(matrix, d)
+
+        by_g = torch.einsum("pnto,poq,pntq->pnt", self.g, form(output_form, output_structure, self.g.shape[-1]), self.g)
+        by_x = torch.einsum("pnta,pab,pntb->pnt", self.x, form(input_form, input_structure, self.x.shape[-1]), self.x)
+        a = torch.einsum("pnt,pnta,pntb->pab", by_g, self.x, self.x) / self.count
+        g = torch.einsum("pnt,pnto,pntq->poq", by_x, self.g, self.g) / self.count
+        return input_structure.from_dense(a), output_structure.from_dense(g)
+
+    def mean_gradient(self) -> Tensor:
+        return self.gradient()
+
+    def position_rows(self, limit: int) -> tuple[Tensor, Tensor]:
+        x, g = self.x.flatten(1, 2), self.g.flatten(1, 2)
+        n = min(limit, x.shape[1])
+        chosen = torch.arange(n) * x.shape[1] // n
+        return x[:, chosen], g[:, chosen] * (x.shape[1] / self.count) ** 0.5
+
+    def sample_gradients(self, limit: int = 1 << 30) -> Tensor:
         """Each sample's own gradient, [p, N, o, a]."""
-        return torch.einsum("pnto,pnta->pnoa", self.g, self.x)
+        n = min(limit, self.x.shape[1])
+        chosen = torch.arange(n) * self.x.shape[1] // n
+        return torch.einsum("pnto,pnta->pnoa", self.g[:, chosen], self.x[:, chosen])
 
     def projected_square(
         self,

@@ -92,6 +92,13 @@ def bases(layer: CapturedLayer) -> tuple[Tensor, Tensor]:
     return torch.linalg.qr(normal(p, o, o, seed=3))[0], torch.linalg.qr(normal(p, a, a, seed=4))[0]
 
 
+def indefinite(layer: CapturedLayer) -> tuple[Tensor, Tensor]:
+    """Symmetric matrices of both sides, of any sign."""
+    p, o, a = layer.shape.blocks, layer.shape.outputs, layer.shape.inputs
+    left, right = normal(p, o, o, seed=5), normal(p, a, a, seed=6)
+    return left + left.mT, right + right.mT
+
+
 def structures(layer: CapturedLayer) -> Sequence[Structure]:
     shape = layer.shape
     general = (Dense(), Diagonal(), Blocks(3))
@@ -111,8 +118,16 @@ def compare(layer: CapturedLayer, batch: LayerBatch, oracle: FakeBatch) -> None:
         close(batch.output_moment(structure), oracle.output_moment(structure))
     for side, expected in zip(batch.means(), oracle.means(), strict=True):
         close(side, expected)
+    close(batch.mean_gradient(), oracle.mean_gradient())
     for limit in (1, 3, 100):
         for side, expected in zip(batch.rows(limit), oracle.rows(limit), strict=True):
+            close(side, expected)
+        for side, expected in zip(batch.position_rows(limit), oracle.position_rows(limit), strict=True):
+            close(side, expected)
+        close(batch.sample_gradients(limit), oracle.sample_gradients(limit))
+    for forms in () if is_norm(layer) else ((None, None), indefinite(layer)):
+        arguments = (*forms, Dense(), Dense())
+        for side, expected in zip(batch.paired_moments(*arguments), oracle.paired_moments(*arguments), strict=True):
             close(side, expected)
     output_basis, input_basis = bases(layer)
     for output, inputs in ((None, None), (output_basis, input_basis), (output_basis, None), (None, input_basis)):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_settings_page_is_current():
-    written = runpy.run_path(str(ROOT / "docs/settings.py"))["document"]()
-    assert (ROOT / "docs/settings.md").read_text().strip() == written.strip(), (
-        "docs/settings.md is out of date: python docs/settings.py > docs/settings.md"
+@pytest.mark.parametrize("script, page", [("settings", "settings"), ("method_table", "method-table")])
+def test_written_pages_are_current(script: str, page: str) -> None:
+    written = runpy.run_path(str(ROOT / f"docs/{script}.py"))["document"]()
+    assert (ROOT / f"docs/{page}.md").read_text().strip() == written.strip(), (
+        f"docs/{page}.md is out of date: python docs/{script}.py > docs/{page}.md"
     )
 
 

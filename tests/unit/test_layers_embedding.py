@@ -48,6 +48,15 @@ def test_statistics_match_one_hot_rows(shape: tuple[int, ...]) -> None:
     for limit in (1, 3, 100):
         for side, wanted in zip(batch.rows(limit), oracle.rows(limit), strict=True):
             close(side, wanted)
+        for side, wanted in zip(batch.position_rows(limit), oracle.position_rows(limit), strict=True):
+            close(side, wanted)
+        close(batch.sample_gradients(limit), oracle.sample_gradients(limit))
+    close(batch.mean_gradient(), oracle.mean_gradient())
+    form = normal(1, 3, 3, seed=5)
+    for forms in ((None, None), (form + form.mT, normal(1, TOKENS, seed=6))):
+        arguments = (*forms, Dense(), Diagonal())
+        for side, wanted in zip(batch.paired_moments(*arguments), oracle.paired_moments(*arguments), strict=True):
+            close(side, wanted)
     basis = torch.linalg.qr(normal(1, 3, 3))[0]
     for arguments in ((None, None, Dense(), Diagonal()), (basis, None, Dense(), Diagonal())):
         close(batch.projected_square(*arguments), oracle.projected_square(*arguments))
@@ -85,6 +94,12 @@ def test_reduce_squares_each_samples_shares() -> None:
     shares = F.one_hot(index, TOKENS).double().mean(1)
     torch.testing.assert_close(batch.input_moment(Diagonal())[0], shares.square().mean(0))
     torch.testing.assert_close(batch.output_moment(Dense())[0], g.sum(1).T @ g.sum(1) / 4)
+    oracle = FakeBatch(shares[None, :, None], g.sum(1)[None, :, None])
+    torch.testing.assert_close(batch.mean_gradient(), oracle.mean_gradient())
+    torch.testing.assert_close(batch.sample_gradients(100), oracle.sample_gradients())
+    arguments = (None, None, Dense(), Diagonal())
+    for side, wanted in zip(batch.paired_moments(*arguments), oracle.paired_moments(*arguments), strict=True):
+        torch.testing.assert_close(side, wanted)
 
 
 def test_draws_add_up() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from hpc_kfac import methods
 from hpc_kfac.layers import Capture, CapturedLayer
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods import EKFAC, KFAC, Eva, Method, SampleMatrix, State
@@ -37,6 +38,17 @@ METHODS = {
     "ekfac-relative": EKFAC(relative_damping=True),
     "eva": Eva(),
     "sample-matrix": SampleMatrix(rows=16),
+    "tkfac": methods.TKFAC(),
+    "tekfac": methods.TEKFAC(),
+    "kpsvd-2": methods.KPSVD(terms=2),
+    "skfac": methods.SKFAC(rows=16),
+    "eva-f": methods.EvaF(),
+    "eva-s": methods.EvaS(),
+    "mkor": methods.MKOR(),
+    "shampoo": methods.Shampoo(),
+    "shampoo-grafted": methods.Shampoo(graft="rmsprop"),
+    "soap": methods.SOAP(),
+    "hylo": methods.HyLo(rows=16),
 }
 EACH = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 

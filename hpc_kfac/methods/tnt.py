@@ -1,0 +1,36 @@
+"""TNT: tensor normal training, curvature from moments of mean gradients of sampled labels (Ren & Goldfarb 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from hpc_kfac.methods.kfac import KFAC
+from hpc_kfac.methods.method import State
+from hpc_kfac.methods.tkfac import Paired
+
+if TYPE_CHECKING:
+    from hpc_kfac.layers.batch import LayerBatch, LayerShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class TNT(Paired, KFAC):
+    """TNT: the covariance of a layer's gradient taken for that of a matrix normal distribution.
+
+    With the mean gradient D of a rank's N samples A = N E[D^T D] and G = N E[D D^T], of one trace delta, and
+    F = kron(G, A) / delta. Use it with ``fisher: sampled``: then E[D] = 0, and N D D^T stands for the samples' sum.
+    The settings are those of `KFAC`; with the cholesky solver each factor, scaled to equal means, gets sqrt(damping).
+    """
+
+    name: ClassVar[str] = "tnt"
+
+    def moments(self, batch: LayerBatch, shape: LayerShape) -> State:
+        gradient = batch.mean_gradient()
+        a_structure, g_structure = self.structures(shape)
+        rows = {"A": (a_structure, gradient), "G": (g_structure, gradient.mT)}
+        return {name: rows[name][0].gram(rows[name][1].contiguous()) * batch.count for name, _, _ in self.sides(shape)}
+
+    def split_damping(self, factors: State, shape: LayerShape, damping: float) -> dict[str, Tensor | float]:
+        return KFAC.split_damping(self, factors, shape, damping)
