@@ -352,7 +352,7 @@ class Executor:
         return all(
             spec.name in view
             for spec in self._problem.specs[name]
-            if spec.role == "solved" or spec.reduce_at == "statistics" or spec.reduce == "gather"
+            if spec.role == "solved" or spec.reduce_at == "statistics" or spec.reduce in ("gather", "none")
         )
 
     def _agree(self) -> None:

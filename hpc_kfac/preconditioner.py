@@ -102,6 +102,7 @@ class Preconditioner:
         self.steps = 0
         self.failures = 0
         self.skipped = 0
+        self.retired = False
         self.timings: dict[str, float] = defaultdict(float)
         self.capture = Capture(
             model,
@@ -211,7 +212,8 @@ class Preconditioner:
         rates = self._learning_rates()
         damping = self.damping.at(self.steps, max(rates.values()))
         inputs = StepInputs(self.steps, damping, rates, scalars or {}, log, self._collector.fold)
-        self._ratio.due = isinstance(self.damping, LevenbergMarquardt) and self.damping.due(self.steps)
+        rule = self.damping if isinstance(self.damping, LevenbergMarquardt) and not self.retired else None
+        self._ratio.due = rule is not None and rule.due(self.steps)
         if self._ratio.due:
             self._ratio.remember()
         plan = self._plan(self._due, self._executor.scalars(self._due, inputs))
@@ -253,6 +255,18 @@ class Preconditioner:
         """
         if self._ratio.due and isinstance(self.damping, LevenbergMarquardt):
             self.damping.adjust(self._ratio.measure(evaluate() - loss, self.damping.current))
+
+    def retire(self) -> None:
+        """Ends statistics, decompositions and preconditioning for good and frees their memory; step control goes on.
+
+        Between two steps, on all ranks alike.
+        """
+        self.retired = True
+        self._executor.abandon()
+        self._executor.solver.restore({})
+        for name, state in self.states.items():
+            self.states[name] = LayerState(momentum=state.momentum)
+        self._start_step()
 
     def raise_damping(self, factor: float) -> None:
         """More damping from here on, for a run whose steps went wrong."""
@@ -384,6 +398,7 @@ class Preconditioner:
             "skipped_in_row": self._skipped_in_row,
             "failures": self.failures,
             "folds": self._collector.folds,
+            "retired": self.retired,
             "schedule": self._times.state_dict(),
             "damping": self.damping.state_dict(),
         }
@@ -395,6 +410,7 @@ class Preconditioner:
         self.states.update(states)
         self.steps, self.skipped, self.failures = counters["steps"], counters["skipped"], counters["failures"]
         self._skipped_in_row = counters["skipped_in_row"]
+        self.retired = bool(counters.get("retired", False))  # sets of version 0.1 have none
         self._collector.folds = counters["folds"]
         self._times.load_state_dict(counters["schedule"])
         self._executor.solver.restore(pending)
@@ -407,6 +423,8 @@ class Preconditioner:
         self._collector.start(self.steps, armed=self._due.statistics and self.method.reads == "samples")
 
     def _due_at(self, step: int) -> Due:
+        if self.retired:
+            return Due()
         times = self._times
         return Due(times.statistics_due(step), times.starting(step), times.landing(step))
 

@@ -52,6 +52,8 @@ class RunSettings:
         weight_sharing: how a layer's statistics treat positions that share its weights.
         skip: name patterns of layers that are left to the optimizer.
         max_skipped: non-finite gradients in a row that end the run.
+        retire_below: from the first epoch on that lowers the training loss by less than this share of it, gradients are
+            no longer preconditioned, and nothing is spent on curvature (MKOR-H); null goes on to the end.
         check_weights_every: steps between two checks that all ranks have the same weights; null never checks.
         stall_seconds: a collective of the preconditioner that a rank waits for longer than this ends the run, naming
             the ranks that are missing; null waits for ever.
@@ -95,6 +97,7 @@ class RunSettings:
     weight_sharing: Literal["expand", "reduce"] = "expand"
     skip: list[str] = field(default_factory=list)
     max_skipped: int = 10
+    retire_below: float | None = None
     check_weights_every: int | None = 1000
     stall_seconds: float | None = 600.0
     trace_steps: int = 0
@@ -121,6 +124,7 @@ class RunSettings:
             "clip_gradient",
             "threads",
             "max_skipped",
+            "retire_below",
             "check_weights_every",
             "stall_seconds",
             "blow_up",

@@ -24,6 +24,7 @@ class FirstOrder:
 
     damping_due = False
     reduced = True
+    retired = True
 
     def __init__(self, model: nn.Module, ranks: Ranks, max_skipped: int = 10) -> None:
         self._model, self._ranks, self._max_skipped = model, ranks, max_skipped
@@ -65,6 +66,9 @@ class FirstOrder:
         if common["method"] != "none":
             raise ValueError(f"the method was {common['method']} when this was saved, and now is none; use that")
         self._skipped_in_row = common["skipped_in_row"]
+
+    def retire(self) -> None:
+        """There is nothing to end."""
 
     def order_save(self, step: int) -> Callable[[], list[str]]:
         """There are no helpers."""

@@ -119,8 +119,20 @@ class Loop:
                 return
             if progress.batch == len(self.setup.train):
                 progress.epoch, progress.batch = progress.epoch + 1, 0
+                self._weigh_curvature()
                 if progress.epoch % self.run_settings.evaluate_every == 0 and progress.step < steps:
                     self._evaluate()
+
+    def _weigh_curvature(self) -> None:
+        """Ends preconditioning where the loss falls too slowly to pay for it."""
+        fallen, least = self.progress.end_epoch(), self.run_settings.retire_below
+        if least is None or fallen is None or fallen >= least or self.setup.preconditioner.retired:
+            return
+        self.setup.preconditioner.retire()
+        self.console.say(
+            f"The loss fell by {100 * fallen:.2g} % in epoch {self.progress.epoch}, less than retire_below:"
+            " from here on gradients are not preconditioned."
+        )
 
     def _epoch(self) -> bool:
         """The rest of a pass over the training set; False if the run is to end early."""

@@ -26,6 +26,7 @@ class Progress:
         lowest_loss: smoothed.
         best_score: of all evaluations; higher is better.
         checkpoints: written or begun.
+        epoch_loss: smoothed, at the end of the last epoch.
         rollbacks: how often the run went back after its loss had blown up.
         lr_scale: what the learning rate is multiplied with since.
         figures: of the last evaluation.
@@ -41,6 +42,7 @@ class Progress:
     loss: float | None = None
     first_loss: float | None = None
     lowest_loss: float | None = None
+    epoch_loss: float | None = None
     best_score: float | None = None
     checkpoints: int = 0
     rollbacks: int = 0
@@ -56,6 +58,11 @@ class Progress:
         if self.step >= FIRST_STEPS:
             self.first_loss = self.loss if self.first_loss is None else self.first_loss
             self.lowest_loss = min(self.loss, self.loss if self.lowest_loss is None else self.lowest_loss)
+
+    def end_epoch(self) -> float | None:
+        """The share by which the smoothed loss has fallen since the end of the epoch before; None after the first."""
+        before, self.epoch_loss = self.epoch_loss, self.loss
+        return None if before is None or self.loss is None or before == 0 else 1.0 - self.loss / before
 
     def blown_up(self, factor: float | None) -> bool:
         """Whether the smoothed loss is above what it was at the start, and `factor` times what it has been at best."""

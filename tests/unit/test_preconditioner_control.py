@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hpc_kfac as hk
+from hpc_kfac import methods
 from unit.step_oracle import (
     DAMPING,
     SQUARED_ERROR,
@@ -308,3 +309,36 @@ def test_fixed_damping_is_not_adapted() -> None:
     preconditioner.step()
     preconditioner.adapt_damping(lambda: pytest.fail("must not be evaluated"), 1.0)
     assert not preconditioner.damping_due and preconditioner.damping.current == DAMPING
+
+
+# ---- the end of preconditioning
+
+
+@pytest.mark.parametrize("method", [hk.KFAC(), hk.EKFAC(), hk.Eva(), methods.EvaS(), methods.Shampoo(), methods.MKOR()])
+def test_a_retired_preconditioner_leaves_gradients_to_the_step_control(method: hk.Method) -> None:
+    model = net()
+    control = hk.FixedNorm(0.2, momentum=0.5)
+    preconditioner = preconditioner_of(model, method=method, schedule=hk.Schedule(1, 1), step_control=control)
+    averages = {}
+    for step in range(4):
+        if step == 2:
+            preconditioner.retire()
+            assert preconditioner.retired and not preconditioner.capture.armed
+        backward(preconditioner, model, step)
+        for name, layer in preconditioner.capture.layers.items():
+            gradient = layer.gradient().clone()
+            old = averages.get(name)
+            averages[name] = gradient if old is None else 0.5 * old + 0.5 * gradient
+        found = finish(preconditioner, model)
+        for name, update in found.updates.items():
+            ahead = 0.5 * found.gradients[name] + 0.5 * averages[name] if step else found.gradients[name]
+            plain = of_length(ahead, 0.2)
+            assert torch.allclose(update, plain) is (step >= 2), (step, name)
+    assert not any(state.running or state.solved for state in preconditioner.states.values())
+
+
+def test_retirement_outlives_a_restart() -> None:
+    first, second = preconditioner_of(net()), preconditioner_of(net())
+    first.retire()
+    second.load_state_dict(first.state_dict())
+    assert second.retired and not second.capture.armed
