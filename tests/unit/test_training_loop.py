@@ -284,7 +284,7 @@ def test_rows_have_no_word_for_infinity(tmp_path: Path) -> None:
 def test_curvature_is_given_up_where_the_loss_hardly_falls(tmp_path: Path) -> None:
     """MKOR-H: three epochs of 4 steps; the loss of digits falls by more than a hundredth and by less than all."""
     for least, retired in (("0.01", False), ("0.999", True)):
-        words = ["--retire_below", least, "--epochs", "3", "--global_batch", "400", "--method", "mkor"]
+        words = ["--retire_below", least, "--epochs", "3", "--global_batch", "400", "--method", "kfac"]
         (tmp_path / least).mkdir()
-        setup, _ = trained(tmp_path / least, *words, "--optimizer.lr", "0.01", "--max_steps", "12")
+        setup, _ = trained(tmp_path / least, *words, "--optimizer.lr", "0.1", "--max_steps", "12")
         assert setup.preconditioner.retired is retired
