@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from hpc_kfac import saved_state
+from hpc_kfac.base_optimizer import BaseOptimizer
 from hpc_kfac.collector import Collector, FisherSource
 from hpc_kfac.consistency import check_weights
 from hpc_kfac.costs import make_problem, refresh_flops, resident_bytes
@@ -115,7 +116,7 @@ class Preconditioner:
             raise ValueError(f"the model has no layer that can be captured. {self.capture.summary()}")
         self.states = {name: LayerState() for name in self.capture.layers}
         self._device = next(model.parameters()).device
-        self._model, self._optimizer = model, optimizer
+        self._model, self._base = model, BaseOptimizer(optimizer, self.capture.layers)
         self._max_skipped = max_skipped
         self._check_weights_every = check_weights_every
         self._skipped_in_row = 0
@@ -128,7 +129,7 @@ class Preconditioner:
             shapes, self.method, placement or Kaisa(), self.precision, self._comm, self._device
         )
         if isinstance(step_control, FixedNorm):
-            self.step_control = step_control = step_control.under(self._optimizer_momentum())
+            self.step_control = step_control = step_control.under(self._base.momentum())
             self._problem = replace(self._problem, momentum=step_control.momentum or 0.0)
         self._times = RefreshTimes(self.schedule, refresh_flops(self._problem))
         self.timeline = Timeline(self._comm.rank)
@@ -209,7 +210,7 @@ class Preconditioner:
         """
         if self._check_weights_every and self.steps % self._check_weights_every == 0 and self._comm.size > 1:
             check_weights(dict(self._model.named_parameters()), self.trainers, self.steps)
-        rates = self._learning_rates()
+        rates = self._base.learning_rates()
         damping = self.damping.at(self.steps, max(rates.values()))
         inputs = StepInputs(self.steps, damping, rates, scalars or {}, log, self._collector.fold)
         rule = self.damping if isinstance(self.damping, LevenbergMarquardt) and not self.retired else None
@@ -431,19 +432,6 @@ class Preconditioner:
     def _staleness(self) -> int:
         started = [step for state in self.states.values() for step in state.refreshed.values()]
         return self.steps - min(started) if started else 0
-
-    def _optimizer_momentum(self) -> float:
-        """The momentum that the optimizer has for what is preconditioned; 0 for none."""
-        captured = {id(p) for layer in self.capture.layers.values() for p in layer.parameters}
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        ours = [group for group in groups if any(id(p) in captured for p in group["params"])]
-        return max((float(group.get("momentum") or group.get("betas", [0.0])[0]) for group in ours), default=0.0)
-
-    def _learning_rates(self) -> dict[str, float]:
-        if self._optimizer is None:
-            return dict.fromkeys(self.capture.layers, 1.0)
-        rates = {id(p): group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
-        return {name: float(rates.get(id(layer.parameters[0]), 0.0)) for name, layer in self.capture.layers.items()}
 
     def _plan(self, due: Due, scalars: int) -> tuple[Operation, ...]:
         if (due, scalars) not in self._plans:
