@@ -77,7 +77,7 @@ def branched(comm, placement, schedule=None, precision=DOUBLE):
         model(x, branch=step > 0 and comm.rank == comm.size - 1).square().mean().backward()
         average_gradients(model, comm)
         assert preconditioner.step().applied
-        preconditioner._optimizer.step()
+        preconditioner._base.optimizer.step()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -292,7 +292,7 @@ def test_memory_of_owners_does_not_grow_with_the_ranks(comm):
     assert comm.allreduce(held) == sum(whole.values())
     assert comm.allreduce(held, op=max_of()) <= sum(whole.values()) / comm.size + max(whole.values())
     optimizer_state = sum(
-        state["momentum_buffer"].numel() for state in preconditioner._optimizer.state.values() if state
+        state["momentum_buffer"].numel() for state in preconditioner._base.optimizer.state.values() if state
     )
     parameters = sum(p.numel() for p in preconditioner._model.parameters())
     assert comm.allreduce(optimizer_state) == parameters
