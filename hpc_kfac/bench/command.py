@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_kfac.bench import memory, report
-from hpc_kfac.bench.grids import GRIDS
+from hpc_kfac.bench.grids import FAMILY, GRIDS
 from hpc_kfac.bench.peers import CONTENDERS
 from hpc_kfac.bench.store import HARNESS, Store, code_version, machine, write
 from hpc_kfac.bench.tasks import TASKS, BenchTask
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     """What the command takes."""
     made = argparse.ArgumentParser("hpc-kfac bench", description="Compares methods side by side on one task.")
     made.add_argument("task", metavar="NAME", help=", ".join(TASKS))
-    made.add_argument("--contenders", metavar="A,B", help="by default all that the task has a grid for")
+    made.add_argument("--contenders", metavar="A,B", help="`family`: all methods of ours; by default the others")
     made.add_argument("--budget", type=float, metavar="MINUTES", help="wall time; a later call goes on")
     made.add_argument("--store", type=Path, default=Path("logs/bench"), help="folder of results; default logs/bench")
     made.add_argument("--seeds", type=int, default=3, help="runs of each winner; default 3")
@@ -87,7 +87,8 @@ def _task(given: argparse.Namespace, ranks: Ranks) -> BenchTask:
 
 def _names(words: str | None, task: BenchTask) -> list[str]:
     known = GRIDS[task.name]
-    names = list(known) if words is None else [word.strip() for word in words.split(",")]
+    words = words or ",".join(name for name in known if name not in FAMILY)
+    names = [name for word in words.split(",") for name in (FAMILY if word.strip() == "family" else [word.strip()])]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise InputError(f"--contenders: {unknown[0]!r} is none of {task.name}; choose from {', '.join(known)}")

@@ -149,6 +149,7 @@ def ours(
     refresh: int = 100,
     early: int = 10,
     bf16: bool = True,
+    fisher: str = "empirical",
     **settings: Any,
 ) -> tuple[Optimizer, dict[str, Any]]:
     """Optimizer and components of one of our methods.
@@ -168,6 +169,7 @@ def ours(
         refresh: interval from step `refresh` on.
         early: both intervals before: the first factors age fastest.
         bf16: rows and applied matrices in bfloat16.
+        fisher: source of the output gradients.
         settings: of the method.
     """
     make_control: Any = KINDS["step_control"].find("control", control)
@@ -183,6 +185,7 @@ def ours(
         "step_control": make_control(momentum=momentum) if fixed else make_control(kappa),
         "precision": hk.Precision(apply=torch.bfloat16, moments=torch.bfloat16) if bf16 else hk.Precision(),
         "skip": skip if adamw_lr is not None else [],
+        "fisher": fisher,
     }
     optimizer = sgd(model, lr=lr, momentum=0.0 if fixed else momentum, weight_decay=weight_decay, adamw_lr=adamw_lr)
     return optimizer, components
@@ -259,5 +262,11 @@ OWN: dict[str, Contender] = {
     "adamw": Contender(_adamw, "torch"),
     "muon": Contender(_muon, "torch"),
 }
+FAMILY = {
+    f"our_{name}": _ours(make, control="orthogonal", fisher="sampled" if name == "tnt" else "empirical")
+    for name, make in hk.METHODS.items()
+}
+"""Every method of this package under one step control, to compare them with each other."""
+
 OURS = "kfac"
 """The contender that the others are compared with."""

@@ -88,8 +88,26 @@ DIGITS: dict[str, list[Settings]] = {
     "meta_soap": grid(lr=[1e-3, 3e-3, 1e-2], precondition_frequency=10),
 }
 
+# For the comparison of our methods with each other: four points each, on all tasks the same.
+RELATIVE: Settings = {"damping": [0.1, 0.3], "relative_damping": True}
+FAMILY: dict[str, list[Settings]] = {
+    f"our_{name}": grid(lr=[0.05, 0.1], **values)
+    for name, values in {
+        **dict.fromkeys(("kfac", "ekfac", "tkfac", "tekfac", "kpsvd", "skfac", "tnt"), RELATIVE),
+        "eva": {"damping": [0.03, 0.3]},
+        "eva_f": {"damping": [0.03, 0.3]},
+        "eva_s": {"damping": [1e-3, 0.1]},
+        "mkor": {"damping": [0.05, 0.2]},
+        "sample_matrix": {"damping": [0.1, 1.0]},
+        "hylo": {"damping": [0.1, 1.0]},
+        "seng": {"damping": [0.3, 3.0]},
+        "shampoo": {"damping": [1e-4, 1e-2]},
+        "soap": {"damping": [1e-8, 1e-3]},
+    }.items()
+}
+
 GRIDS: dict[str, dict[str, list[Settings]]] = {
-    name: {**points, "kfac_defaults": [{}]}
+    name: {**points, "kfac_defaults": [{}], **FAMILY}
     for name, points in {
         "autoencoder": AUTOENCODER,
         "cnn": IMAGES,

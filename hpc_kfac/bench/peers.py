@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hpc_kfac.bench.contenders import OWN, Contender, Trained
+from hpc_kfac.bench.contenders import FAMILY, OWN, Contender, Trained
 from hpc_kfac.training.averaging import start_process_group
 from hpc_kfac.training.launch import Ranks
 from hpc_kfac.training.losses import Loss
@@ -162,6 +162,7 @@ def _process_group(model: nn.Module, ranks: Ranks) -> None:
 
 CONTENDERS: dict[str, Contender] = {
     **OWN,
+    **FAMILY,
     "shampoo": _collection("ScalableShampoo", graft_type=3, start_preconditioning_step=10),
     "soap": _collection("SOAP", weight_decay=0.0),
     "kron": _collection("Kron"),

@@ -18,7 +18,7 @@ from torch import nn
 from hpc_kfac import cli
 from hpc_kfac.bench import command, memory, report, runs, tuning
 from hpc_kfac.bench.contenders import OWN, Contender, MuonTrained, Trained
-from hpc_kfac.bench.grids import GRIDS
+from hpc_kfac.bench.grids import FAMILY, GRIDS
 from hpc_kfac.bench.peers import CONTENDERS
 from hpc_kfac.bench.runs import Result, Run, Spec, learning_rate, take_turns
 from hpc_kfac.bench.store import Store, code_version
@@ -281,7 +281,8 @@ def test_versions_tell_code_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("task", list(GRIDS))
 def test_grids_are_of_one_size(task: str) -> None:
     sizes = {name: len(points) for name, points in GRIDS[task].items()}
-    assert sizes.pop("kfac_defaults") == 1 and len(set(sizes.values())) == 1
+    assert sizes.pop("kfac_defaults") == 1 and {sizes.pop(name) for name in FAMILY} == {4}
+    assert len(set(sizes.values())) == 1
     assert set(GRIDS[task]) <= set(CONTENDERS)
     assert all(len({str(point) for point in points}) == len(points) for points in GRIDS[task].values())
 
@@ -300,6 +301,7 @@ def test_every_grid_point_trains(contender: str) -> None:
         pytest.skip(missing)
     data = TINY.make(0, None)
     points = {str(p): p for grid in GRIDS.values() for p in grid.get(contender, [])}
+    torch.manual_seed(0)
     for settings in points.values():
         model, loss = small(), CrossEntropyLoss()
         before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
@@ -402,3 +404,17 @@ def test_no_other_module_imports_it() -> None:
     root = Path(tuning.__file__).parent.parent
     others = [path for path in root.rglob("*.py") if path.parent.name != "bench" and path.name != "cli.py"]
     assert others and not [path for path in others if "hpc_kfac.bench" in path.read_text()]
+
+
+def test_every_method_of_ours_can_take_part() -> None:
+    """Each takes steps on digits, at the first point of its grid, and the loss falls."""
+    task = TASKS["digits"]
+    data = task.make(0, None)
+    for name in FAMILY:
+        run = Run(task, data, Spec(name, GRIDS["digits"][name][0], 60.0, 0), ALONE, CPU)
+        run.steps(1)
+        run._evaluate()
+        run.steps(25)
+        run._evaluate()
+        (_, _, before), (_, _, after) = run.result.curve
+        assert run.result.error is None and after is not None and after < 0.8 * before, (name, run.result)
