@@ -301,7 +301,7 @@ def test_every_grid_point_trains(contender: str) -> None:
         pytest.skip(missing)
     data = TINY.make(0, None)
     points = {str(p): p for grid in GRIDS.values() for p in grid.get(contender, [])}
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     for settings in points.values():
         model, loss = small(), CrossEntropyLoss()
         before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
