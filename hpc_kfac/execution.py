@@ -289,7 +289,8 @@ class Executor:
             return
         for name, layer in self._layers.items():
             if self._problem.assignment.works_on(self._comm.rank, name):
-                gradient, state = layer.gradient(self._workspace), self._states[name]
+                state = self._states[name]
+                gradient = layer.gradient(self._workspace).to(self._problem.precision.factors)
                 if bool(torch.isfinite(gradient.sum())):  # else all ranks skip the step
                     method.fold_gradient(state.running, state.solved, gradient, self._problem.shapes[name])
 

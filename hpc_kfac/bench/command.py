@@ -99,7 +99,7 @@ def _memory(comparison: Comparison, measure: bool) -> dict[str, dict[str, Any]]:
     """Memory of every contender's choice for the first target, from the store or measured now by rank 0."""
     task, store = comparison.task, comparison.store
     batch = task.batch // comparison.ranks.size
-    target = next(iter(comparison.targets(seeds=False).values()), None)
+    target = next(iter(comparison.targets().values()), None)
     points = {c: point[0] for c in comparison.contenders if (point := comparison.chosen(c, target)) is not None}
     keys: dict[str, dict[str, Any]] = {
         contender: {

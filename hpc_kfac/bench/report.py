@@ -31,7 +31,6 @@ def figures(comparison: Comparison, left_out: dict[str, str], memory: dict[str, 
     """
     task = comparison.task
     targets: dict[str, float | None] = {**comparison.targets()} or {"none: its reference has not been run": None}
-    choices = comparison.targets(seeds=False)  # those that seeds were spent on
     return {
         "task": task.name,
         "figure": task.figure,
@@ -41,17 +40,15 @@ def figures(comparison: Comparison, left_out: dict[str, str], memory: dict[str, 
         "machine": comparison.machine,
         "lengths": comparison.lengths,
         "targets": [
-            {"words": words, "figure": target, "rows": _rows(comparison, target, choices.get(words), memory)}
+            {"words": words, "figure": target, "rows": _rows(comparison, target, memory)}
             for words, target in targets.items()
         ],
         "left_out": left_out,
     }
 
 
-def _rows(
-    comparison: Comparison, target: float | None, choice: float | None, memory: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
-    rows = [_row(comparison, name, target, choice, memory.get(name, {})) for name in comparison.contenders]
+def _rows(comparison: Comparison, target: float | None, memory: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = [_row(comparison, name, target, memory.get(name, {})) for name in comparison.contenders]
     ours = next((row["seconds"][0] for row in rows if row["contender"] == OURS and row["seconds"]), None)
     for row in rows:
         median = row["seconds"][0] if row["seconds"] else None
@@ -64,9 +61,7 @@ def _rows(
     return sorted(rows, key=rank)
 
 
-def _row(
-    comparison: Comparison, contender: str, target: float | None, choice: float | None, memory: dict[str, Any]
-) -> dict[str, Any]:
+def _row(comparison: Comparison, contender: str, target: float | None, memory: dict[str, Any]) -> dict[str, Any]:
     task = comparison.task
     tried = comparison.tried(contender)
     row: dict[str, Any] = {
@@ -79,7 +74,7 @@ def _row(
         **dict.fromkeys(("averaging", "gradient_bytes", "other_bytes", "curves")),
         "memory_bytes": memory.get("bytes"),
     }
-    point = comparison.chosen(contender, choice)
+    point = comparison.chosen(contender, target)
     if point is None:
         return row
     results = comparison.results(contender, *point)

@@ -170,11 +170,10 @@ class Comparison:
         found = [self.result(Spec(contender, settings, seconds, seed)) for seed in range(self.seeds)]
         return [result for result in found if result is not None]
 
-    def targets(self, seeds: bool = True) -> dict[str, float]:
+    def targets(self) -> dict[str, float]:
         """In words, what is to be reached: the figure given, or what references reach with the whole time.
 
-        Args:
-            seeds: the median over seeds; else that of the halving's seed, which does not change any more.
+        The median over the seeds that are there, so that more seeds may move it, and with it the choices.
         """
         if self.target is not None:
             return {"as given": self.target}
@@ -182,7 +181,7 @@ class Comparison:
         for name in self.task.references:
             point = self._reference_point(name) if name in self.contenders else None
             if point is not None:
-                results = self.results(name, *point)[: None if seeds else 1]
+                results = self.results(name, *point)
                 figures = [best for result in results if (best := result.best(self.task)) is not None]
                 found[f"what {name} reaches in {self.task.seconds:g} s"] = statistics.median(figures)
         return found
@@ -222,7 +221,7 @@ class Comparison:
         """What more seeds are for: the choice for every target, and the references' own runs."""
         points: dict[str, list[tuple[dict[str, Any], float]]] = {}
         for contender in self.contenders:
-            chosen = [self.chosen(contender, target) for target in self.targets(seeds=False).values() or [None]]
+            chosen = [self.chosen(contender, target) for target in self.targets().values() or [None]]
             if contender in self.task.references and self.target is None:
                 chosen.append(self._reference_point(contender))
             points[contender] = []

@@ -88,16 +88,26 @@ class KPSVD(KFAC):
             fresh |= super().statistics(batch, state, shape)
         else:
             fresh["A"], fresh["G"] = self._iterate(batch, state, shape)
-        if self.terms == 2 and "A" in state:
-            # One side after the other, from what all ranks have: two sides that start apart, or from a rank's own
-            # samples, may come out with opposite signs.
-            first = self.factors(state, shape)
-            g2, a2 = _unit(state.get("G2", _start(first["G"]))), _unit(state.get("A2", _start(first["A"])))
-            a_seen, g_seen = batch.paired_moments(g2, a2, Dense(), Dense())
-            fresh["A2"] = a_seen - _inner(first["G"], g2) * first["A"]
-            if "A2" in state:
-                fresh["G2"] = g_seen - _inner(first["A"], a2) * first["G"]
+        if self.terms == 2:
+            fresh |= self._second(batch, state, fresh, shape)
         return fresh
+
+    def _second(self, batch: LayerBatch, state: State, fresh: State, shape: LayerShape) -> State:
+        """A step of the power iteration for what the first product leaves of the curvature.
+
+        It starts with one side, the other follows a step later, from what all ranks have: two sides that start apart,
+        or from a rank's own samples, may come out with opposite signs.
+        """
+        if "A" not in state:
+            return {f"{name}2": torch.zeros_like(fresh[name]) for name in ("A", "G")}
+        first = self.factors(state, shape)
+        begun = _inner(state["G2"], state["G2"]) > 0
+        g2, a2 = torch.where(begun, _unit(state["G2"]), _unit(_start(first["G"]))), _unit(state["A2"])
+        a_seen, g_seen = batch.paired_moments(g2, a2, Dense(), Dense())
+        return {
+            "A2": a_seen - _inner(first["G"], g2) * first["A"],
+            "G2": g_seen - _inner(first["A"], a2) * first["G"],
+        }
 
     @staticmethod
     def _iterate(batch: LayerBatch, state: State, shape: LayerShape) -> tuple[Tensor, Tensor]:
@@ -115,9 +125,7 @@ class KPSVD(KFAC):
         if not self._fitted(shape) or self.terms == 1:
             return super().refresh(state, shape, damping, part)
         factors = self.factors(state, shape)
-        second = {name + "2": torch.zeros_like(factors[name]) for name in ("A", "G")}
-        if "G2" in state:
-            second = _shared(state["A2"], state["G2"], "2")
+        second = _shared(state["A2"], state["G2"], "2")
         dampings = self.split_damping(factors, shape, damping)
         result: State = {}
         for name in ("A", "G") if part is None else (part,):
@@ -138,7 +146,7 @@ class KPSVD(KFAC):
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         total = super().quadratic(delta, state, shape)
-        if self._fitted(shape) and self.terms == 2 and "G2" in state:
+        if self._fitted(shape) and self.terms == 2:
             second = _shared(state["A2"], state["G2"], "2")
             total = total + (delta * (second["G2"] @ delta @ second["A2"])).sum()
         return total
