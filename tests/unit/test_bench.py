@@ -122,7 +122,7 @@ def test_figures_of_known_runs(tmp_path: Path) -> None:
 
 
 def test_a_choice_follows_the_target_that_seeds_have_moved(tmp_path: Path) -> None:
-    """Of one seed the target is 0.5, of three 0.4: what was chosen for the first gives way, and what is reported too."""
+    """Of one seed the target is 0.5, of three 0.4: what was chosen first gives way, also in what is reported."""
     task = replace(TASKS["digits"], seconds=9.0)
     made = comparison(tmp_path, {"adamw": [{}], "sgd": [{}]}, task=task)
     short, long = made.lengths[1], made.lengths[2]
