@@ -93,19 +93,8 @@ class Shampoo(GradientMoments):
             raise ValueError("spatially_uncorrelated is true; Shampoo has factors of gradients, not of inputs")
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
-        roots = [
-            StateSpec(
-                f"{name}_root",
-                structure.inverse_shape(shape.blocks, d),
-                "solved",
-                symmetric=structure.symmetric,
-                operand=self.is_large(shape),
-                part=name,
-            )
-            for name, structure, d in self.sides(shape)
-        ]
         squares = [StateSpec("squares", (shape.blocks, shape.outputs, shape.inputs), "running", lives="workers")]
-        return (*self.factor_specs(shape), *(squares if self._counts_squares else []), *roots)
+        return (*self.factor_specs(shape), *(squares if self._counts_squares else []), *self.side_specs(shape, "root"))
 
     @property
     def _counts_squares(self) -> bool:

@@ -78,17 +78,7 @@ class KFAC(Kronecker):
                 StateSpec(f"{name}_values", (shape.blocks, d), "solved", part=name) for name, _, d in self.sides(shape)
             ]
         else:
-            specs += [
-                StateSpec(
-                    f"{name}_{self._solved_name}",
-                    structure.inverse_shape(shape.blocks, d),
-                    "solved",
-                    symmetric=structure.symmetric,
-                    operand=self.is_large(shape),
-                    part=name,
-                )
-                for name, structure, d in self.sides(shape)
-            ]
+            specs += self.side_specs(shape, self._solved_name)
         return tuple(specs)
 
     def parts(self, shape: LayerShape) -> tuple[str, ...]:

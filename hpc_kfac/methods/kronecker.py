@@ -109,6 +109,20 @@ class Kronecker(Method):
             if basis is not None
         ]
 
+    def side_specs(self, shape: LayerShape, kind: str) -> list[StateSpec]:
+        """A solved matrix for each side, with the structure of its factor; a part of its own."""
+        return [
+            StateSpec(
+                f"{name}_{kind}",
+                structure.inverse_shape(shape.blocks, d),
+                "solved",
+                symmetric=structure.symmetric,
+                operand=self.is_large(shape),
+                part=name,
+            )
+            for name, structure, d in self.sides(shape)
+        ]
+
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
         return self.moments(batch, shape)
 

@@ -32,14 +32,7 @@ class SampleMatrix(SampleRows):
     name: ClassVar[str] = "sample_matrix"
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
-        p, n = shape.blocks, self.rows
-        sizes = {"X": shape.inputs, "R": shape.outputs}
-        return (
-            *self.row_specs(shape),
-            *(StateSpec(f"{name}_solved", (p, n, d), "solved", rank_axes=(1,)) for name, d in sizes.items()),
-            StateSpec("kernel_inverse", (p, n, n), "solved", symmetric=True, rank_axes=(1, 2)),
-            StateSpec("kernel_damping", (p,), "solved"),
-        )
+        return (*self.row_specs(shape), *self.kernel_specs(shape, {"X": shape.inputs, "R": shape.outputs}))
 
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         inputs = state["X"].clone()

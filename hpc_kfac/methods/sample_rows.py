@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -48,6 +49,15 @@ class SampleRows(Method):
         return tuple(
             StateSpec(name, (shape.blocks, self.rows, d), "running", reduce="gather", lives="all", rank_axes=(1,))
             for name, d in sizes.items()
+        )
+
+    def kernel_specs(self, shape: LayerShape, sizes: Mapping[str, int]) -> tuple[StateSpec, ...]:
+        """Rows of these sizes as they were at a refresh, and what is solved through their kernel."""
+        p, n = shape.blocks, self.rows
+        return (
+            *(StateSpec(f"{name}_solved", (p, n, d), "solved", rank_axes=(1,)) for name, d in sizes.items()),
+            StateSpec("kernel_inverse", (p, n, n), "solved", symmetric=True, rank_axes=(1, 2)),
+            StateSpec("kernel_damping", (p,), "solved"),
         )
 
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:

@@ -52,19 +52,11 @@ class SENG(SampleRows):
         return shape.outputs * shape.inputs <= self.explicit_below
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
-        p, n = shape.blocks, self.rows
-        specs = self.row_specs(shape)
-        sizes = {"X": shape.inputs, "R": shape.outputs}
-        if self._explicit(shape):
-            sizes = {"U": shape.outputs * shape.inputs}
-            rows = StateSpec("U", (p, n, sizes["U"]), "running", reduce="gather", lives="all", rank_axes=(1,))
-            specs = (rows, specs[-1])
-        return (
-            *specs,
-            *(StateSpec(f"{name}_solved", (p, n, d), "solved", rank_axes=(1,)) for name, d in sizes.items()),
-            StateSpec("kernel_inverse", (p, n, n), "solved", symmetric=True, rank_axes=(1, 2)),
-            StateSpec("kernel_damping", (p,), "solved"),
-        )
+        if not self._explicit(shape):
+            return (*self.row_specs(shape), *self.kernel_specs(shape, {"X": shape.inputs, "R": shape.outputs}))
+        size = shape.outputs * shape.inputs
+        rows = StateSpec("U", (shape.blocks, self.rows, size), "running", reduce="gather", lives="all", rank_axes=(1,))
+        return (rows, self.row_specs(shape)[-1], *self.kernel_specs(shape, {"U": size}))
 
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
         if not self._explicit(shape):
