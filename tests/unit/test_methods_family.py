@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hpc_kfac.layers.batch import LayerShape
@@ -418,6 +420,24 @@ def test_degenerate_input_gives_a_finite_update(name: str, kind: str, scale: flo
     assert float((update * batch.gradient()).sum()) >= -1e-9 * float(update.norm() * batch.gradient().norm())
     if kind in ("zero gradient", "zero inputs"):
         assert float(update.norm()) == 0.0
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(1, 7), st.integers(1, 3))
+@pytest.mark.parametrize("name", ALL)
+def test_any_size(name: str, p: int, o: int, a: int, samples: int, positions: int) -> None:
+    """Three steps of every method on blocks of any size: finite, of the gradient's shape, and as the tables say."""
+    method, shape = ALL[name], LayerShape(p, a, o)
+    state: State = {}
+    for seed in range(3):
+        batch = correlated_batch(p, samples, positions, o, a, seed)
+        method.fold(state, method.statistics(batch, state, shape), method.decay)
+        state.update(method.refresh(state, shape, 0.1))
+        update = method.precondition(batch.gradient(), state, shape, 0.1)
+        assert update.shape == (p, o, a) and bool(torch.isfinite(update).all())
+    assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {
+        spec.name: spec.shape for spec in method.state(shape)
+    }
 
 
 @pytest.mark.parametrize("name", ALL)
