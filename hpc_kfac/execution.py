@@ -290,7 +290,7 @@ class Executor:
         for name, layer in self._layers.items():
             if self._problem.assignment.works_on(self._comm.rank, name):
                 state = self._states[name]
-                gradient = layer.gradient(self._workspace).to(self._problem.precision.factors)
+                gradient = layer.gradient(self._workspace).to(self._problem.precision.factors).contiguous()
                 if bool(torch.isfinite(gradient.sum())):  # else all ranks skip the step
                     method.fold_gradient(state.running, state.solved, gradient, self._problem.shapes[name])
 
@@ -332,8 +332,11 @@ class Executor:
             update = self._problem.method.precondition(gradient, view, shape, self._inputs.damping, self._workspace)
         self.agreement.measure(name, update, gradient, self._inputs.log)
         if isinstance(self._control, FixedNorm):
-            layer.set_gradient(self._control.bound(update, layer.shared))
-        elif update is not fresh:
+            update = self._control.bound(update, layer.shared)
+        wire = self._problem.precision.wire
+        if torch.promote_types(update.dtype, wire) != wire:  # as it reaches other ranks, so that all take the same step
+            update = update.to(wire).to(update.dtype)
+        if update is not fresh or isinstance(self._control, FixedNorm):
             layer.set_gradient(update)
 
     def _averaged(self, gradient: Tensor, state: LayerState) -> Tensor:
@@ -343,7 +346,8 @@ class Executor:
             return gradient
         average = state.momentum.get("average")
         if average is None:
-            state.momentum["average"] = gradient.clone()
+            # As a checkpoint would bring it back: kernels for other strides may round differently.
+            state.momentum["average"] = gradient.clone(memory_format=torch.contiguous_format)
             return gradient
         average.lerp_(gradient, 1.0 - momentum)
         return torch.lerp(gradient, average, momentum, out=self._workspace.like("averaged", gradient))

@@ -19,6 +19,7 @@ DYING = Path(__file__).parent / "programs" / "dying_train.py"
 COMMON = ["train", "--task", "user", "--task.function", "trainer_tasks:blowing_up", "--task.metric", "accuracy"]
 COMMON += ["--global_batch", "12", "--max_steps", "48", "--progress", "lines", "--log_every", "1", "--name", "run"]
 COMMON += ["--checkpoint.steps", "5", "--resume", "auto", "--optimizer.lr", "0.02", "--method.damping", "0.01"]
+COMMON += ["--step_control", "kl_clip", "--method.solver", "eigen"]
 BACK = r"Back to step (\d+) with (\S+) times the learning rate and 4 times the damping \((\d) of 2 such returns\)"
 
 

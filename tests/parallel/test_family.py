@@ -69,3 +69,13 @@ def test_rank_one_methods_send_vectors_alone(comm, name):
 def test_methods_of_gradients_look_at_no_sample(comm):
     _, preconditioner = train(comm, RELATIVES["soap"](), schedule=OFTEN)
     assert not preconditioner.capture.armed and not preconditioner.traffic["reduce"]
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("control", [hk.FixedNorm(), hk.Orthogonal(), None], ids=["fixed", "orthogonal", "none"])
+def test_ranks_take_one_step_where_updates_are_sent_in_less_than_the_models_precision(comm, control):
+    """The owner of a float64 layer rounds as those do that get its update in float32; so it is after retirement."""
+    weights, _ = train(
+        comm, hk.KFAC(), placement=hk.Kaisa(0.0), schedule=OFTEN, precision=hk.Precision(), step_control=control
+    )
+    assert all(torch.equal(weights, other) for other in comm.allgather(weights))

@@ -69,6 +69,7 @@ def test_the_three_ways_of_averaging_are_equal(tmp_path: Path) -> None:
 def test_owners_update_alike(tmp_path: Path, factors: str) -> None:
     ranks = join()
     words = ["--placement.grad_worker_fraction", "0", "--clip_gradient", "0.5", "--accumulation_steps", "2"]
+    words += ["--step_control", "kl_clip", "--method.solver", "eigen", "--method.damping", "0.03"]
     plain = trained([*words, "--averaging", "mpi4py"], ranks, tmp_path)
     owners = trained([*words, "--averaging", "owner", "--placement.factors", factors], ranks, tmp_path)
     assert same_on_all(owners, ranks)

@@ -95,7 +95,7 @@ def test_state_restores_a_schedule_in_mid_run(schedule, stop):
 def test_a_lag_delays_the_use_of_what_is_solved():
     """With a lag of 2 and a refresh every 4: the form in use is that of step 0 up to step 5."""
     _, _, preconditioner = made(schedule=hk.Schedule(1, 4, lag=2))
-    model, optimizer = preconditioner._model, preconditioner._optimizer
+    model, optimizer = preconditioner._model, preconditioner._base.optimizer
     seen = []
     for step in range(8):
         train(model, optimizer, preconditioner, [step])
