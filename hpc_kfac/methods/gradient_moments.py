@@ -43,9 +43,7 @@ class GradientMoments(Kronecker):
         raise TypeError(f"{type(self).__name__} reads no samples")
 
     def fold_gradient(self, running: State, solved: State, gradient: Tensor, shape: LayerShape) -> None:
-        a_structure, g_structure = self.structures(shape)
-        rows = {"A": (a_structure, gradient), "G": (g_structure, gradient.mT)}
-        fresh = {name: rows[name][0].gram(rows[name][1].contiguous()) for name, _, _ in self.sides(shape)}
+        fresh = self.gradient_moments(gradient, shape)
         if self.accumulate:
             for name, moment in fresh.items():
                 running[name] = running[name] + moment if name in running else moment

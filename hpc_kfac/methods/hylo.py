@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.damping import as_damping
-from hpc_kfac.linalg.solve import damped_inverse, multiply, positive_eigh, require_finite, spectral
+from hpc_kfac.linalg.solve import damped_inverse, positive_eigh, require_finite, spectral
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import State, StateSpec
-from hpc_kfac.methods.sample_matrix import SampleMatrix, row_products
+from hpc_kfac.methods.sample_matrix import SampleMatrix, row_kernel, row_products
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -114,11 +114,6 @@ class HyLo(SampleMatrix):
         """Of the rows that were kept: of what they stand for with kis, and less with kid."""
         ranks = state["coupling"].shape[1] // self.rows
         return row_products(delta.to(state["X"].dtype), state["X"], state["R"], Workspace()).square().sum() / ranks
-
-
-def row_kernel(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Inner products of vec(r_n x_n^T), [p, n, n]."""
-    return multiply(inputs, inputs.mT) * multiply(outputs, outputs.mT)
 
 
 def _interpolation(kernel: Tensor, rows: int, damping: float) -> tuple[Tensor, Tensor]:

@@ -136,6 +136,12 @@ class Kronecker(Method):
             fresh["G"] = batch.output_moment(g_structure)
         return fresh
 
+    def gradient_moments(self, gradient: Tensor, shape: LayerShape) -> State:
+        """D^T D and D D^T, in the structures of the factors and by their names."""
+        a_structure, g_structure = self.structures(shape)
+        rows = {"A": (a_structure, gradient), "G": (g_structure, gradient.mT)}
+        return {name: rows[name][0].gram(rows[name][1].contiguous()) for name, _, _ in self.sides(shape)}
+
     def factors(self, state: State, shape: LayerShape) -> State:
         """The factors by name whose product stands for the curvature."""
         return {name: state[name] for name, _, _ in self.sides(shape)}

@@ -37,7 +37,7 @@ class SampleMatrix(SampleRows):
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         inputs = state["X"].clone()
         outputs = state["R"] / samples(state).sqrt()
-        kernel = multiply(inputs, inputs.mT) * multiply(outputs, outputs.mT)
+        kernel = row_kernel(inputs, outputs)
         return {
             "X_solved": inputs,
             "R_solved": outputs,
@@ -68,6 +68,11 @@ class SampleMatrix(SampleRows):
         p, n = shape.blocks, self.rows
         refresh = p * (2.0 * n * n * (shape.inputs + shape.outputs) + n**3)
         return Cost(0.0, refresh, 4.0 * n * shape.parameters + 2.0 * p * n * n)
+
+
+def row_kernel(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Inner products of vec(r_n x_n^T), [p, n, n]."""
+    return multiply(inputs, inputs.mT) * multiply(outputs, outputs.mT)
 
 
 def row_products(matrix: Tensor, inputs: Tensor, outputs: Tensor, work: Workspace) -> Tensor:

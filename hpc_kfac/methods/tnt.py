@@ -27,10 +27,8 @@ class TNT(Paired, KFAC):
     name: ClassVar[str] = "tnt"
 
     def moments(self, batch: LayerBatch, shape: LayerShape) -> State:
-        gradient = batch.mean_gradient()
-        a_structure, g_structure = self.structures(shape)
-        rows = {"A": (a_structure, gradient), "G": (g_structure, gradient.mT)}
-        return {name: rows[name][0].gram(rows[name][1].contiguous()) * batch.count for name, _, _ in self.sides(shape)}
+        moments = self.gradient_moments(batch.mean_gradient(), shape)
+        return {name: moment * batch.count for name, moment in moments.items()}
 
     def split_damping(self, factors: State, shape: LayerShape, damping: float) -> dict[str, Tensor | float]:
         return KFAC.split_damping(self, factors, shape, damping)
