@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hpc_kfac.damping import as_damping
@@ -68,7 +69,7 @@ class HyLo(SampleMatrix):
         return (*super().state(shape), *more)
 
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
-        inputs, outputs = (batch.rows if self.positions == "sum" else batch.position_rows)(ALL)
+        inputs, outputs = self.take_rows(batch, ALL)
         outputs = outputs / max(outputs.shape[1], 1) ** 0.5
         damping = as_damping(self.damping).current * batch.ranks
         length = torch.linalg.matrix_norm(outputs.mT @ inputs, keepdim=True)
@@ -83,10 +84,8 @@ class HyLo(SampleMatrix):
         kept = {
             "X": inputs.gather(1, index.unsqueeze(2).expand(-1, -1, inputs.shape[2])),
             "R": outputs.gather(1, index.unsqueeze(2).expand(-1, -1, outputs.shape[2])) * weight.unsqueeze(2),
-            "valid": torch.ones_like(weight).unsqueeze(2),
         }
-        fresh = {key: torch.nn.functional.pad(tensor, (0, 0, 0, rest)) for key, tensor in kept.items()}
-        return {**fresh, "coupling": torch.nn.functional.pad(coupling, (0, rest, 0, rest)), "length": length}
+        return {**self.padded(kept), "coupling": F.pad(coupling, (0, rest, 0, rest)), "length": length}
 
     def _interpolates(self, length: Tensor, state: State) -> bool:
         if self.select != "switch":

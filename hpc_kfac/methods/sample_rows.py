@@ -61,10 +61,18 @@ class SampleRows(Method):
         )
 
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
-        inputs, outputs = (batch.rows if self.positions == "sum" else batch.position_rows)(self.rows)
-        padding = (0, 0, 0, self.rows - inputs.shape[1])
-        valid = inputs.new_ones(shape.blocks, inputs.shape[1], 1)
-        return {"X": F.pad(inputs, padding), "R": F.pad(outputs, padding), "valid": F.pad(valid, padding)}
+        inputs, outputs = self.take_rows(batch, self.rows)
+        return self.padded({"X": inputs, "R": outputs})
+
+    def take_rows(self, batch: LayerBatch, limit: int) -> tuple[Tensor, Tensor]:
+        """At most so many rows of a batch, of samples or of positions."""
+        return (batch.rows if self.positions == "sum" else batch.position_rows)(limit)
+
+    def padded(self, found: State) -> State:
+        """Rows [p, n, d] with zeros after them, and which ones are no padding."""
+        first = next(iter(found.values()))
+        found = {**found, "valid": first.new_ones(*first.shape[:2], 1)}
+        return {name: F.pad(rows, (0, 0, 0, self.rows - rows.shape[1])) for name, rows in found.items()}
 
     def fold(self, state: State, fresh: State, decay: float) -> None:
         """Replaces the rows."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hpc_kfac.damping import Damping
@@ -61,10 +60,7 @@ class SENG(SampleRows):
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
         if not self._explicit(shape):
             return super().statistics(batch, state, shape)
-        gradients = batch.sample_gradients(self.rows).flatten(2)
-        padding = (0, 0, 0, self.rows - gradients.shape[1])
-        valid = gradients.new_ones(shape.blocks, gradients.shape[1], 1)
-        return {"U": F.pad(gradients, padding), "valid": F.pad(valid, padding)}
+        return self.padded({"U": batch.sample_gradients(self.rows).flatten(2)})
 
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         solved = {f"{name}_solved": state[name].clone() for name in ("U", "X") if name in state}
