@@ -263,10 +263,13 @@ OWN: dict[str, Contender] = {
     "muon": Contender(_muon, "torch"),
 }
 FAMILY = {
-    f"our_{name}": _ours(make, control="orthogonal", fisher="sampled" if name == "tnt" else "empirical")
+    f"our_{name}": _ours(make, control="fixed_norm", fisher="sampled" if name == "tnt" else "empirical")
     for name, make in hk.METHODS.items()
 }
-"""Every method of this package under one step control, to compare them with each other."""
+"""Every method of this package with steps of one length: what differs is the direction, which is the method's own.
+
+`orthogonal` would even out much of what they differ in.
+"""
 
 OURS = "kfac"
 """The contender that the others are compared with."""

@@ -17,7 +17,7 @@ from hpc_kfac.training.launch import Ranks
 HARNESS = 1
 """Raised when a change of the harness makes older results incomparable."""
 
-APART = ("bench", "checkpoint", "training", "cli.py", "status.py", "submit.py", "__main__.py")
+APART = ("bench", "capacity", "checkpoint", "reporting", "training", "cli.py", "status.py", "submit.py", "__main__.py")
 """What of this package is no part of a method."""
 
 
