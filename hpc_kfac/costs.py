@@ -34,18 +34,40 @@ def make_problem(
     Raises:
         ValueError: method, placement, precision and the number of ranks do not go together.
     """
+    costs = declared_costs(shapes, method, precision)
+    if "measured" in (placement.costs, placement.all_local):
+        measured, rate = measure_costs(costs, method, shapes, precision, comm, device)
+        costs = measured if placement.costs == "measured" else costs
+        if placement.all_local == "measured":
+            placement = replace(placement, all_local=measure_rates(rate, comm, device))
+    return place(shapes, method, placement, precision, costs, comm.size)
+
+
+def declared_costs(shapes: Mapping[str, LayerShape], method: Method, precision: Precision) -> dict[Unit, UnitCost]:
+    """What the refresh of every unit takes, by the method's formulas."""
     costs = {}
     for name, units in units_of(method, shapes).items():
         for unit in units or [(name, "")]:
             specs = [s for s in method.state(shapes[name]) if s.role == "solved" and s.part == unit[1]]
             sent = sum(Slot(name, s.name, s.shape, precision.stored(s), s.symmetric).bytes for s in specs)
             costs[unit] = UnitCost(method.refresh_flops(shapes[name], unit[1]), sent, method.refreshed_by_all)
-    if "measured" in (placement.costs, placement.all_local):
-        measured, rate = measure_costs(costs, method, shapes, precision, comm, device)
-        costs = measured if placement.costs == "measured" else costs
-        if placement.all_local == "measured":
-            placement = replace(placement, all_local=measure_rates(rate, comm, device))
-    problem = Problem(shapes, method, placement.assign(costs, comm.size), precision)
+    return costs
+
+
+def place(
+    shapes: Mapping[str, LayerShape],
+    method: Method,
+    placement: Kaisa,
+    precision: Precision,
+    costs: Mapping[Unit, UnitCost],
+    ranks: int,
+) -> Problem:
+    """The problem of this many ranks, without communication and without a device.
+
+    Raises:
+        ValueError: method, placement, precision and the number of ranks do not go together.
+    """
+    problem = Problem(shapes, method, placement.assign(costs, ranks), precision)
     problem.check()
     return problem
 

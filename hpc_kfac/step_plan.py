@@ -184,15 +184,19 @@ class Problem:
 
     def holds(self, rank: int, layer: str, spec: StateSpec) -> bool:
         """Whether the rank keeps the tensor after a refresh."""
+        return rank in self.holders(layer, spec)
+
+    def holders(self, layer: str, spec: StateSpec) -> range:
+        """The ranks that keep the tensor after a refresh."""
         owner = self.assignment.owner[layer]
         if spec.role == "running" and spec.reduce == "none":
-            return self.assignment.works_on(rank, layer)
+            return self._workers(layer)
         if spec.role == "running":
             alone = self.assignment.factors == "local" or self._to_owner(spec)
-            return not alone or rank == owner
-        if self.assignment.factors == "local":
-            return self.assignment.works_on(rank, layer)
-        return spec.lives == "all" or self.assignment.works_on(rank, layer)
+            return range(owner, owner + 1) if alone else range(self.assignment.ranks)
+        if spec.lives == "all" and self.assignment.factors != "local":
+            return range(self.assignment.ranks)
+        return self._workers(layer)
 
     def differs(self, spec: StateSpec, state: LayerState) -> bool:
         """Whether each rank has a value of its own in this running tensor, as things stand."""
@@ -312,7 +316,7 @@ class Problem:
 
     def _broadcast(self, root: int, bucket: Sequence[Slot]) -> Iterator[Operation]:
         """To the grad workers, or to all ranks where the method needs the tensor everywhere."""
-        audiences: dict[tuple[int, ...], list[Slot]] = {}
+        audiences: dict[Sequence[int], list[Slot]] = {}
         flags = {(slot.layer, slot.name): slot for slot in bucket if slot.name.startswith(SOLVED)}
         for slot in bucket:
             spec = self.spec.get((slot.layer, slot.name))
@@ -325,34 +329,37 @@ class Problem:
         for ranks, slots in audiences.items():
             yield _message("broadcast", slots, ranks, root)
 
-    def _audience(self, layer: str, spec: StateSpec, root: int) -> tuple[int, ...]:
+    def _audience(self, layer: str, spec: StateSpec, root: int) -> Sequence[int]:
         if self.assignment.helpers:
             return (*self.trainers, root)
         rebased = spec.rebased and spec.reduce != "none"
         everybody = (spec.lives == "all" or rebased) and self.assignment.factors != "local"
-        if everybody:
-            return tuple(self.trainers)
-        return tuple(self.assignment.members(self.assignment.group(self.assignment.owner[layer])))
+        return self.trainers if everybody else self._workers(layer)
+
+    def _workers(self, layer: str) -> range:
+        """The ranks that precondition the layer."""
+        return self.assignment.members(self.assignment.group(self.assignment.owner[layer]))
 
     def _precondition(self) -> Iterator[Operation]:
         for layer in self.shapes:
-            workers = self.assignment.members(self.assignment.group(self.assignment.owner[layer]))
             flops = self.method.cost(self.shapes[layer]).precondition
-            yield Operation("precondition", (layer,), workers, flops=flops)
+            yield Operation("precondition", (layer,), self._workers(layer), flops=flops)
 
     def _share(self) -> Iterator[Operation]:
         """Preconditioned gradients from every grad worker to the ranks in its place in the other groups."""
         assignment = self.assignment
         if assignment.workers == assignment.trainers or not self.share:
             return
+        groups: dict[int, list[Slot]] = {}
+        for layer, shape in self.shapes.items():
+            slot = Slot(layer, UPDATE, (shape.blocks, shape.outputs, shape.inputs), self.precision.wire)
+            groups.setdefault(assignment.group(assignment.owner[layer]), []).append(slot)
+        messages = {group: _message("share", slots, ()) for group, slots in groups.items()}
         for root in self.trainers:
-            slots = []
-            for layer in self.shapes:
-                if assignment.works_on(root, layer):
-                    shape = self.shapes[layer]
-                    slots.append(Slot(layer, UPDATE, (shape.blocks, shape.outputs, shape.inputs), self.precision.wire))
-            if slots:
-                yield _message("share", slots, assignment.receivers(root), root)
+            like = messages.get(assignment.group(root))
+            if like is not None:
+                ranks = assignment.receivers(root)
+                yield Operation("share", like.layers, ranks, root, like.slots, like.bytes)
 
 
 def units_of(method: Method, shapes: Mapping[str, LayerShape]) -> dict[str, tuple[Unit, ...]]:

@@ -80,7 +80,7 @@ def build(settings: Settings, ranks: Ranks, everyone: Ranks | None = None) -> Se
         freeze(task.model, run.freeze)
     model = task.model.to(device)
     with ranks.agreed():
-        optimizer = _optimizer(parts, model)
+        optimizer = make_optimizer(parts, model)
         learning_rate = parts["lr_schedule"](length=length)
     averaging = make_averaging(run.averaging, model, optimizer, ranks, run.accumulation_steps)
     preconditioner = make_preconditioner(settings, model, averaging.optimizer, ranks, everyone)
@@ -91,8 +91,8 @@ def build(settings: Settings, ranks: Ranks, everyone: Ranks | None = None) -> Se
     )
 
 
-def _optimizer(parts: dict[str, Component], model: nn.Module) -> Any:
-    """SGD has a momentum of its own unless the step control averages gradients before the curvature."""
+def make_optimizer(parts: dict[str, Component], model: nn.Module) -> Any:
+    """The base optimizer. SGD has a momentum of its own unless the step control averages gradients before the curvature."""
     chosen = parts["optimizer"]
     control = None if parts["method"].make is None else parts["step_control"]()
     if chosen.settings.get("momentum", 0.0) is None and isinstance(control, FixedNorm):
