@@ -40,7 +40,7 @@ class BufferPool:
         """
         if nbytes < 0:
             raise ValueError(f"a buffer of {nbytes} bytes was asked for; a size is at least 0")
-        device, size = torch.device(device), _rounded(nbytes)
+        device, size = torch.device(device), rounded(nbytes)
         with self._lock:
             free = self._free[size, device]
             if free:
@@ -64,6 +64,7 @@ class BufferPool:
             self._free[whole.numel(), whole.device].append(whole)
 
 
-def _rounded(nbytes: int) -> int:
+def rounded(nbytes: int) -> int:
+    """Bytes of the size class that a request is met from."""
     step = max(ALIGNMENT, 1 << max(0, nbytes.bit_length() - 4))
     return max(1, -(-nbytes // step)) * step

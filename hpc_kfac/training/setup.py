@@ -92,7 +92,7 @@ def build(settings: Settings, ranks: Ranks, everyone: Ranks | None = None) -> Se
 
 
 def make_optimizer(parts: dict[str, Component], model: nn.Module) -> Any:
-    """The base optimizer. SGD has a momentum of its own unless the step control averages gradients before the curvature."""
+    """The base optimizer; SGD has a momentum unless the step control averages gradients before the curvature."""
     chosen = parts["optimizer"]
     control = None if parts["method"].make is None else parts["step_control"]()
     if chosen.settings.get("momentum", 0.0) is None and isinstance(control, FixedNorm):
