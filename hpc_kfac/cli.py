@@ -18,6 +18,9 @@ HELP = """usage: hpc-kfac COMMAND ...
                                        settings, --print_config prints them resolved, --dry-run trains nothing
   evaluate CHECKPOINT [--key value ...]
                                        test figures of a checkpoint, or of a run's newest one
+  plan RUN.yaml --machine FILE --ranks 8,64,512
+                                       memory, traffic and step time on a machine that is not at hand, and which
+                                       settings to take; 'hpc-kfac plan --help' tells more
   pack FOLDER OUT                      pack folders of JPEG files (train/CLASS/*.jpg, val/CLASS/*.jpg) into HDF5
   checkpoint list|show|verify|diff|prune|export PATH ...
                                        looks into checkpoints; 'hpc-kfac checkpoint --help' tells more
@@ -146,6 +149,13 @@ def bench(arguments: list[str], ranks: Ranks) -> None:
     compare(arguments, ranks)
 
 
+def plan(arguments: list[str], ranks: Ranks) -> None:
+    """Plans a run."""
+    from hpc_kfac.capacity.command import plan as planned
+
+    planned(arguments, ranks)
+
+
 def info(arguments: list[str], ranks: Ranks) -> None:
     """Describes the stack."""
     from hpc_kfac import stack
@@ -157,6 +167,7 @@ def info(arguments: list[str], ranks: Ranks) -> None:
 COMMANDS: dict[str, Callable[[list[str], Ranks], None]] = {
     "train": train,
     "evaluate": evaluate,
+    "plan": plan,
     "pack": pack,
     "checkpoint": checkpoint,
     "submit": submit,

@@ -1,0 +1,1 @@
+def calibrate(*a): raise NotImplementedError
