@@ -45,12 +45,16 @@ def make_problem(
 
 def declared_costs(shapes: Mapping[str, LayerShape], method: Method, precision: Precision) -> dict[Unit, UnitCost]:
     """What the refresh of every unit takes, by the method's formulas."""
-    costs = {}
+    costs: dict[Unit, UnitCost] = {}
+    known: dict[tuple[LayerShape, str], UnitCost] = {}
     for name, units in units_of(method, shapes).items():
         for unit in units or [(name, "")]:
-            specs = [s for s in method.state(shapes[name]) if s.role == "solved" and s.part == unit[1]]
-            sent = sum(Slot(name, s.name, s.shape, precision.stored(s), s.symmetric).bytes for s in specs)
-            costs[unit] = UnitCost(method.refresh_flops(shapes[name], unit[1]), sent, method.refreshed_by_all)
+            key = shapes[name], unit[1]
+            if key not in known:
+                specs = [s for s in method.state(key[0]) if s.role == "solved" and s.part == key[1]]
+                sent = sum(Slot(name, s.name, s.shape, precision.stored(s), s.symmetric).bytes for s in specs)
+                known[key] = UnitCost(method.refresh_flops(*key), sent, method.refreshed_by_all)
+            costs[unit] = known[key]
     return costs
 
 
@@ -154,7 +158,7 @@ def _best(what: Callable[[], object]) -> float:
 
 def refresh_flops(problem: Problem) -> dict[str, float]:
     """By layer, of one refresh."""
-    return {name: problem.method.cost(shape).refresh for name, shape in problem.shapes.items()}
+    return {name: cost.refresh for name, cost in problem.costs.items()}
 
 
 def resident_bytes(problem: Problem, rank: int) -> dict[str, dict[str, int]]:

@@ -17,7 +17,7 @@ import torch
 from hpc_kfac.distributed.layout import Slot, in_order
 from hpc_kfac.distributed.placement import Assignment, Unit
 from hpc_kfac.layers.batch import LayerShape
-from hpc_kfac.methods.method import Method, StateSpec
+from hpc_kfac.methods.method import Cost, Method, StateSpec
 from hpc_kfac.precision import Precision
 from hpc_kfac.step_report import LayerState
 
@@ -166,12 +166,19 @@ class Problem:
     @cached_property
     def specs(self) -> dict[str, tuple[StateSpec, ...]]:
         """The state table of every layer."""
-        return {layer: self.method.state(shape) for layer, shape in self.shapes.items()}
+        tables = {shape: self.method.state(shape) for shape in dict.fromkeys(self.shapes.values())}
+        return {layer: tables[shape] for layer, shape in self.shapes.items()}
 
     @cached_property
     def spec(self) -> dict[tuple[str, str], StateSpec]:
         """The state table by layer and name."""
         return {(layer, spec.name): spec for layer, specs in self.specs.items() for spec in specs}
+
+    @cached_property
+    def costs(self) -> dict[str, Cost]:
+        """What every layer takes."""
+        found = {shape: self.method.cost(shape) for shape in dict.fromkeys(self.shapes.values())}
+        return {layer: found[shape] for layer, shape in self.shapes.items()}
 
     @cached_property
     def units(self) -> dict[str, tuple[Unit, ...]]:
@@ -209,7 +216,7 @@ class Problem:
         return self.assignment.factors == "owner" and spec.reduce == "mean" and spec.reduce_at == "refresh"
 
     def _fold(self) -> Operation:
-        flops = sum(self.method.cost(shape).statistics for shape in self.shapes.values())
+        flops = sum(cost.statistics for cost in self.costs.values())
         return Operation("fold", tuple(self.shapes), self.trainers, flops=flops)
 
     def _reduce(self, due: Due) -> Iterator[Operation]:
@@ -342,8 +349,7 @@ class Problem:
 
     def _precondition(self) -> Iterator[Operation]:
         for layer in self.shapes:
-            flops = self.method.cost(self.shapes[layer]).precondition
-            yield Operation("precondition", (layer,), self._workers(layer), flops=flops)
+            yield Operation("precondition", (layer,), self._workers(layer), flops=self.costs[layer].precondition)
 
     def _share(self) -> Iterator[Operation]:
         """Preconditioned gradients from every grad worker to the ranks in its place in the other groups."""
@@ -364,11 +370,11 @@ class Problem:
 
 def units_of(method: Method, shapes: Mapping[str, LayerShape]) -> dict[str, tuple[Unit, ...]]:
     """What is decomposed of every layer; nothing where a method has nothing to solve."""
-    found = {}
-    for layer, shape in shapes.items():
+    parts = {}
+    for shape in dict.fromkeys(shapes.values()):
         solves = any(spec.role == "solved" for spec in method.state(shape))
-        found[layer] = tuple((layer, part) for part in method.parts(shape)) if solves else ()
-    return found
+        parts[shape] = method.parts(shape) if solves else ()
+    return {layer: tuple((layer, part) for part in parts[shape]) for layer, shape in shapes.items()}
 
 
 def _message(kind: Kind, slots: Sequence[Slot], ranks: Sequence[int], root: int | None = None) -> Operation:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hpc_kfac.capacity.machine import Link, Machine
 
@@ -49,6 +50,7 @@ def group_of(ranks: Sequence[int], machine: Machine) -> Group:
     return Group(len(ranks), max(1, min(len(ranks), machine.ranks_per_node // step)))
 
 
+@lru_cache(maxsize=4096)
 def seconds(kind: str, nbytes: float, group: Group, machine: Machine) -> float:
     """Of one collective.
 

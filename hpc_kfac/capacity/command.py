@@ -142,7 +142,8 @@ def _plan(run: Run, given: argparse.Namespace, machine: Machine) -> None:
         tried = candidates(run.settings, own, run.placement, choice, ranks, samples)
         found = [evaluate(costs, candidate, machine, conditions) for candidate in tried]
         found.sort(key=lambda c: c.found.seconds if c.found is not None else float("inf"))
-        alone = {c.method: _alone(costs, c, machine, bool(given.local_batch)) for c in found if c.found is not None}
+        of_each = {c.method: c for c in found if c.found is not None}
+        alone = {name: _alone(costs, c, machine, bool(given.local_batch)) for name, c in of_each.items()}
         print(report.table(found, limit, alone))
         chosen, reason = recommend(found, limit)
         print("\n" + report.advice(chosen, reason, samples))

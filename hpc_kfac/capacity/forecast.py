@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,7 +18,9 @@ from hpc_kfac.capacity.model_costs import ModelCosts
 from hpc_kfac.capacity.simulate import COLLECTIVES, Conditions, Step, simulate
 from hpc_kfac.capacity.times import Settings, Times, times
 from hpc_kfac.costs import declared_costs, place, refresh_flops
-from hpc_kfac.distributed import Kaisa, Rates
+from hpc_kfac.distributed import Kaisa, Rates, Unit, UnitCost
+from hpc_kfac.methods.method import Method
+from hpc_kfac.precision import Precision
 from hpc_kfac.schedule import RefreshTimes, Schedule
 from hpc_kfac.step_control import FixedNorm
 from hpc_kfac.step_plan import Due, Problem
@@ -138,7 +141,7 @@ def make_problem(costs: ModelCosts, case: Case, machine: Machine) -> Problem | N
     method, placement = case.settings.method, case.placement
     if method is None:
         return None
-    declared = declared_costs(costs.shapes, method, case.settings.precision)
+    declared = _declared(costs, method, case.settings.precision)
     if placement.all_local == "measured":
         rate = machine.cholesky[max(machine.cholesky)]
         link = machine.inside if case.ranks <= machine.ranks_per_node else machine.between
@@ -149,6 +152,11 @@ def make_problem(costs: ModelCosts, case: Case, machine: Machine) -> Problem | N
     control = case.settings.control
     momentum = control.under(costs.momentum).momentum if isinstance(control, FixedNorm) else 0.0
     return replace(problem, momentum=momentum or 0.0, share=case.settings.averaging != "owner" or case.ranks == 1)
+
+
+@lru_cache(maxsize=64)
+def _declared(costs: ModelCosts, method: Method, precision: Precision) -> Mapping[Unit, UnitCost]:
+    return declared_costs(costs.shapes, method, precision)
 
 
 def period(schedule: Schedule, problem: Problem) -> Counter[Due]:
@@ -208,7 +216,7 @@ def _flops(problem: Problem | None, durations: Times, due_steps: Counter[Due]) -
     groups: Counter[int] = Counter()
     for layer in problem.shapes:
         group = problem.assignment.group(problem.assignment.owner[layer])
-        groups[group] += problem.method.cost(problem.shapes[layer]).precondition  # type: ignore[assignment]
+        groups[group] += problem.costs[layer].precondition  # type: ignore[assignment]
     if problem.assignment.workers < problem.assignment.trainers:
         found["precondition"] *= max(groups.values()) / max(sum(groups.values()), 1)
     return found

@@ -35,7 +35,7 @@ class Link:
     bandwidth: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Machine:
     """A machine of equal nodes.
 

@@ -71,7 +71,7 @@ class Weight:
     trained: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelCosts:
     """What a model takes.
 

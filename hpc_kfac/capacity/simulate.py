@@ -24,6 +24,8 @@ from hpc_kfac.step_plan import Due, Operation, Problem
 from hpc_kfac.timing import Timeline
 
 COLLECTIVES = ("reduce", "scaled", "scatter", "gather", "broadcast", "share")
+AWAITED = {kind for kinds in NEEDS.values() for kind in kinds}
+"""Collectives that later operations on the same layers wait for."""
 POOLED = ("reduce", "scaled", "scatter", "broadcast", "share")
 """Collectives with a buffer out of the pool."""
 OWNER_BUCKET = 32 * 2**20  # bytes; as in `OwnerOptimizer`
@@ -90,7 +92,6 @@ class _Flight:
 
     kind: str
     about: str
-    layers: frozenset[str]
     members: _Members
     posted: float
     seconds: float
@@ -265,7 +266,8 @@ class _Simulation:
         members, group = self._group(operation.ranks)
         whole = operation.bytes * (len(operation.ranks) if operation.kind == "gather" else 1)
         took = seconds(operation.kind, whole, group, self.machine)
-        self._fly(operation.kind, operation.about, operation.layers, members, took, operation.bytes)
+        layers = operation.layers if operation.kind in AWAITED else ()
+        self._fly(operation.kind, operation.about, layers, members, took, operation.bytes)
         self.sent[operation.kind] += operation.sent() * len(operation.ranks) / self.size
 
     def _update(self) -> None:
@@ -342,7 +344,7 @@ class _Simulation:
         self, kind: str, about: str, layers: Sequence[str], members: _Members, took: float, nbytes: int
     ) -> None:
         posted = float(self.clock[members.index].max())
-        flight = _Flight(kind, about, frozenset(layers), members, posted, took, nbytes)
+        flight = _Flight(kind, about, members, posted, took, nbytes)
         if nbytes:
             self.traffic[kind][members.index] += nbytes
         self.waiting.append(flight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -71,6 +72,7 @@ class Times:
     flops: Mapping[str, float]
 
 
+@lru_cache(maxsize=64)
 def times(costs: ModelCosts, settings: Settings, machine: Machine, samples: float) -> Times:
     """The times of a rank that has so many samples in a step."""
     micro = samples / settings.accumulation
@@ -87,7 +89,8 @@ def times(costs: ModelCosts, settings: Settings, machine: Machine, samples: floa
     if settings.method is None:
         return Times(before, events, {}, 0.0, {}, {}, update, flops)
     method, precision = settings.method, settings.precision
-    layers = {name: method.cost(shape) for name, shape in costs.shapes.items()}
+    known = {shape: method.cost(shape) for shape in dict.fromkeys(costs.shapes.values())}
+    layers = {name: known[shape] for name, shape in costs.shapes.items()}
     rows = {name: _rows(method, costs, name, samples) for name in layers}
     extra = SAMPLED_BACKWARD * settings.accumulation * backward if settings.fisher != "empirical" else 0.0
     flops |= {
