@@ -140,7 +140,9 @@ def report(run: Path, batches: Sequence[int] | None = None, damping: float = 0.1
         row = [f"{needed[tried.index(batch)]:>9.4g}" for batch in shown]
         words = f"  {critical}" if critical is not None else f"  above {tried[-1]}"
         lines.append("  ".join([name.ljust(width), *row, words]))
-    lines.append("Ranks that raise the batch beyond the last column still shorten training, by less than half their share.")
+    lines.append(
+        "Ranks that raise the batch beyond the last column still shorten training, by less than half their share."
+    )
     return "\n".join(lines)
 
 

@@ -1,1 +1,2 @@
-def calibrate(*a): raise NotImplementedError
+def calibrate(*a):
+    raise NotImplementedError

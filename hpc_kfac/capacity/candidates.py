@@ -148,7 +148,9 @@ def recommend(all_of_them: Sequence[Candidate], limit: float) -> tuple[Candidate
     first = next((c for c in all_of_them if c.method == "none" and c.found is not None), None)
     if first is not None:
         ratio = _found(best).seconds / _found(first).seconds
-        reasons.append(f"its step takes {ratio:.2f} of one without curvature: it pays below {1 / ratio:.2f} of the steps")
+        reasons.append(
+            f"its step takes {ratio:.2f} of one without curvature: it pays below {1 / ratio:.2f} of the steps"
+        )
     return best, "; ".join(reasons)
 
 
@@ -174,9 +176,7 @@ def settings_to_paste(candidate: Candidate, samples: float) -> str:
     return "\n".join(lines)
 
 
-def largest_fraction(
-    costs: ModelCosts, case: Case, machine: Machine, limit: float
-) -> tuple[float, Forecast] | None:
+def largest_fraction(costs: ModelCosts, case: Case, machine: Machine, limit: float) -> tuple[float, Forecast] | None:
     """KAISA's largest share of grad workers that fits, and what it takes; None where not even one rank a layer does."""
     trainers = case.ranks - case.placement.helpers
     for workers in sorted((d for d in range(1, trainers + 1) if trainers % d == 0), reverse=True):

@@ -190,9 +190,7 @@ def _trace(
     timeline = Timeline(given.trace_rank)
     timeline.recording = True
     due = found.dues.get("refresh", next(iter(found.dues.values())))
-    simulate(
-        found.problem, due, costs, found.times, case.settings, machine, case.ranks, conditions, timeline=timeline
-    )
+    simulate(found.problem, due, costs, found.times, case.settings, machine, case.ranks, conditions, timeline=timeline)
     timeline.write(given.trace)
     print(f"\nwrote {given.trace}: rank {given.trace_rank} of {case.ranks} in a step with a refresh")
 
@@ -211,7 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local-batch", type=_positive, help="samples of a rank; by default its share of global_batch")
     parser.add_argument("--memory-limit", type=_number, help="bytes of a rank, such as 40GB; by default the machine's")
     parser.add_argument("--methods", type=_list(_method), help="to compare; by default the run's, and none")
-    parser.add_argument("--intervals", type=_list(_interval), default=[], help="statistics/refresh, such as 10/100,1/10")
+    parser.add_argument(
+        "--intervals", type=_list(_interval), default=[], help="statistics/refresh, such as 10/100,1/10"
+    )
     parser.add_argument("--precisions", type=_list(_dtype), help="of payload and application, such as float32,bfloat16")
     parser.add_argument("--jitter", type=float, default=0.0, help="spread of the ranks' speeds, such as 0.1")
     parser.add_argument("--late", type=_list(_late), default=[], metavar="RANK:SECONDS,...", help="late ranks")

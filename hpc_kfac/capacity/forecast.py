@@ -88,7 +88,10 @@ class Forecast:
 
 
 def forecast(
-    costs: ModelCosts, case: Case, machine: Machine, conditions: Conditions = Conditions()  # noqa: B008 - frozen
+    costs: ModelCosts,
+    case: Case,
+    machine: Machine,
+    conditions: Conditions = Conditions(),  # noqa: B008 - frozen
 ) -> Forecast:
     """Simulates a case.
 

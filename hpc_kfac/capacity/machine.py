@@ -79,7 +79,11 @@ class Machine:
     phases: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        rates = {"memory": self.memory, "memory_bandwidth": self.memory_bandwidth, "ranks_per_node": self.ranks_per_node}
+        rates = {
+            "memory": self.memory,
+            "memory_bandwidth": self.memory_bandwidth,
+            "ranks_per_node": self.ranks_per_node,
+        }
         rates |= {f"flops.{name}": value for name, value in self.flops.items()}
         rates |= {f"cholesky.{name}": value for name, value in self.cholesky.items()}
         rates |= {f"eigen.{name}": value for name, value in self.eigen.items()}

@@ -13,8 +13,6 @@ from hpc_kfac.capacity.times import Settings
 from hpc_kfac.step_plan import Problem
 
 ROLES = ("weights", "gradients", "optimizer", "factors", "solved", "momentum", "buffers", "workspace", "activations")
-WORKSPACE = 5
-"""Tensors of the size of the largest layer's gradient that preconditioning works in, about."""
 
 
 def memory(
@@ -46,8 +44,7 @@ def memory(
     if problem is not None:
         curvature = curvature_bytes(problem)
         table |= {role: table[role] + curvature[role] for role in curvature}
-        largest = max(shape.parameters for shape in problem.shapes.values())
-        table["workspace"] += WORKSPACE * largest * problem.precision.wire.itemsize
+        table["workspace"] += workspace_bytes(problem)
     for role in ("gradients", "optimizer", "activations", "workspace"):  # helpers decompose, and nothing else
         if problem is not None:
             table[role][problem.assignment.trainers :] = 0
@@ -73,6 +70,24 @@ def curvature_bytes(problem: Problem) -> dict[str, np.ndarray]:
             elif spec.role == "solved":
                 table["solved"][here] += whole
     return table
+
+
+def workspace_bytes(problem: Problem) -> np.ndarray:
+    """What preconditioning works in, [ranks]: some tensors of the size of the largest gradient that a rank works on.
+
+    One product for each side, what is divided in an eigenbasis and by what, the average of gradients and, where a bias
+    has to be put beside its weight, the gradient.
+    """
+    assignment = problem.assignment
+    largest, biased = np.zeros(assignment.ranks), np.zeros(assignment.ranks)
+    for layer, shape in problem.shapes.items():
+        here = _index(assignment.members(assignment.group(assignment.owner[layer])))
+        in_basis = any(spec.name.endswith("basis") for spec in problem.specs[layer])
+        tensors = 2 + 2 * in_basis + bool(problem.momentum)
+        largest[here] = np.maximum(largest[here], tensors * shape.parameters)
+        if shape.bias:
+            biased[here] = np.maximum(biased[here], shape.parameters)
+    return np.asarray((largest + biased) * problem.precision.wire.itemsize)
 
 
 def total(table: dict[str, np.ndarray], roles: Sequence[str] = ROLES) -> np.ndarray:

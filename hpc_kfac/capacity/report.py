@@ -30,7 +30,9 @@ def table(found: Sequence[Candidate], limit: float, alone: dict[str, float]) -> 
         limit: bytes of a rank.
         alone: method -> seconds that one rank would take over so many ranks' share of the samples, for efficiency.
     """
-    rows = [["method", "works on a layer", "intervals", "precision", "ms a step", "samples/s", "efficiency", "memory", ""]]
+    rows = [
+        ["method", "works on a layer", "intervals", "precision", "ms a step", "samples/s", "efficiency", "memory", ""]
+    ]
     for candidate in found:
         case, forecast = candidate.case, candidate.found
         plain = candidate.method == "none"
@@ -52,7 +54,9 @@ def table(found: Sequence[Candidate], limit: float, alone: dict[str, float]) -> 
         figures = [f"{1e3 * forecast.seconds:.4g}", f"{forecast.rate:.4g}", f"{efficiency:.2f}"]
         rows.append([*begin, *figures, gigabytes(forecast.peak), remark])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
+    )
 
 
 def details(candidate: Candidate) -> str:

@@ -227,7 +227,9 @@ class _Simulation:
             members, group = self._group(self.trainers.ranks)
             took = seconds(kind, nbytes, group, self.machine) + self.machine.gradients
             self._fly("gradients", "gradients", (), members, took, nbytes)
-            self.sent["gradients"] += nbytes * (1 if kind == "gradient_scatter" else 2) * (group.ranks - 1) / group.ranks
+            self.sent["gradients"] += (
+                nbytes * (1 if kind == "gradient_scatter" else 2) * (group.ranks - 1) / group.ranks
+            )
 
     # The step's operations
 
@@ -250,7 +252,9 @@ class _Simulation:
         if kind in COLLECTIVES:
             self._post(operation)
         elif kind in ("refresh", "launch"):
-            self.compute("refresh", operation.about, members, self.durations.refresh[operation.layers[0], operation.part])
+            self.compute(
+                "refresh", operation.about, members, self.durations.refresh[operation.layers[0], operation.part]
+            )
         elif kind == "precondition":
             self.compute(kind, operation.about, members, self.durations.precondition[operation.layers[0]])
 
@@ -340,9 +344,7 @@ class _Simulation:
         if self.buffers is not None and flight.kind in POOLED:
             self.buffers.give_back(flight.buffer)
 
-    def _fly(
-        self, kind: str, about: str, layers: Sequence[str], members: _Members, took: float, nbytes: int
-    ) -> None:
+    def _fly(self, kind: str, about: str, layers: Sequence[str], members: _Members, took: float, nbytes: int) -> None:
         posted = float(self.clock[members.index].max())
         flight = _Flight(kind, about, members, posted, took, nbytes)
         if nbytes:
@@ -433,8 +435,10 @@ class _Gradients:
 
     def rest(self) -> list[int]:
         """Sizes of what goes out after the backward pass."""
-        found = self.sizes[self._next :] if self._in_order else [
-            size for size, missing in zip(self.sizes, self._missing, strict=True) if missing > 0
-        ]
+        found = (
+            self.sizes[self._next :]
+            if self._in_order
+            else [size for size, missing in zip(self.sizes, self._missing, strict=True) if missing > 0]
+        )
         self._next = len(self.sizes)
         return found
