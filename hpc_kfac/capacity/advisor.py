@@ -4,8 +4,8 @@ Along each eigenvector of the curvature the error has a mean square s, the gradi
 
     s <- (1 - eta p h)^2 s + eta^2 p^2 h / B,      loss = 1/2 sum h s,      p = h^-gamma or 1 / (h + damping)
 
-eta is optimised for every batch B. Where B is small, twice the batch takes half the steps; where it is large, as many. A
-batch is at 50 % efficiency where it first takes twice the samples of the smallest batch.
+eta is optimised for every batch B. Where B is small, twice the batch takes half the steps; where it is large, as many.
+A batch is at 50 % efficiency where it first takes twice the samples of the smallest batch.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ a is the latency of a message, b the seconds of a byte, n the ranks, B the bytes
     halving        reduce-scatter and all-gather log2 n a + (n-1)/n B b, one after the other an allreduce
     hierarchical   a ring inside each node, then one between nodes on a share of the message for each rank of a node
 
-A group of ranks is told by how many nodes it meets and how many of its ranks share a node. Where it has fewer ranks on a
-node than the node has, other groups are taken to send at the same time: it gets its share of the node's network.
+A group of ranks is told by how many nodes it meets and how many of its ranks share a node. Where it has fewer ranks on
+a node than the node has, other groups are taken to send at the same time: it gets its share of the node's network.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from hpc_kfac.capacity import advisor, report
 from hpc_kfac.capacity.candidates import Candidate, Choice, candidates, evaluate, largest_fraction, recommend
@@ -62,7 +63,7 @@ class Run:
                 self.outline,
                 lambda model: make_optimizer(self.given.parts, model),
                 run.skip,
-                lambda model: freeze(model, run.freeze),
+                lambda model: _freeze(model, run.freeze),
             )
         except ValueError as error:
             raise InputError(str(error)) from error
@@ -115,6 +116,10 @@ def read_run(arguments: Sequence[str], model: str | None = None) -> Run:
     )
     found = named(model) if model is not None else outline(parts["task"])
     return Run(given, found, settings, parts["placement"](), parts["schedule"]())
+
+
+def _freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    freeze(model, patterns)
 
 
 def _plan(run: Run, given: argparse.Namespace, machine: Machine) -> None:
@@ -209,9 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local-batch", type=_positive, help="samples of a rank; by default its share of global_batch")
     parser.add_argument("--memory-limit", type=_number, help="bytes of a rank, such as 40GB; by default the machine's")
     parser.add_argument("--methods", type=_list(_method), help="to compare; by default the run's, and none")
-    parser.add_argument(
-        "--intervals", type=_list(_interval), default=[], help="statistics/refresh, such as 10/100,1/10"
-    )
+    parser.add_argument("--intervals", type=_list(_interval), default=[], help="statistics/refresh: 10/100,1/10")
     parser.add_argument("--precisions", type=_list(_dtype), help="of payload and application, such as float32,bfloat16")
     parser.add_argument("--jitter", type=float, default=0.0, help="spread of the ranks' speeds, such as 0.1")
     parser.add_argument("--late", type=_list(_late), default=[], metavar="RANK:SECONDS,...", help="late ranks")
@@ -267,7 +270,7 @@ def _dtype(word: str) -> torch.dtype:
     if word not in ("float32", "bfloat16"):
         raise argparse.ArgumentTypeError(f"{word!r}: choose float32 or bfloat16")
     found: Any = getattr(torch, word)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _late(word: str) -> tuple[int, float]:

@@ -115,7 +115,7 @@ class Machine:
         return operations * self.overhead + max(flops / self.rate(dtype), nbytes / self.memory_bandwidth)
 
     def decomposition(self, flops: float, size: int, eigen: bool, dtype: torch.dtype) -> float:
-        """Seconds of a decomposition of matrices of this size; rates between the sizes of the file by their logarithms."""
+        """Seconds of a decomposition of matrices of this size."""
         table = self.eigen if eigen else self.cholesky
         slower = 2.0 if dtype == torch.float64 else 1.0
         return self.overhead + slower * flops / _between(sorted(table.items()), max(size, 1))

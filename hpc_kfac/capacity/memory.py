@@ -52,7 +52,7 @@ def memory(
 
 
 def curvature_bytes(problem: Problem) -> dict[str, np.ndarray]:
-    """Curvature state of every rank after a refresh, as `costs.resident_bytes` has it of one: role -> bytes, [ranks]."""
+    """Curvature state after a refresh, as `costs.resident_bytes` has it of one rank: role -> bytes, [ranks]."""
     assignment = problem.assignment
     table = {role: np.zeros(assignment.ranks) for role in ("factors", "solved", "momentum")}
     for layer, shape in problem.shapes.items():

@@ -1,4 +1,4 @@
-"""What a model takes, from one pass on the meta device: arithmetic and bytes of every operation, activations, readiness.
+"""What a model takes, by passes on the meta device: arithmetic and bytes of every operation, activations, readiness.
 
 Shapes alone are computed. Two passes with different batches give every figure as a base and a part for each sample.
 """

@@ -11,6 +11,9 @@ from hpc_kfac.capacity.memory import ROLES
 from hpc_kfac.capacity.model_costs import ModelCosts
 
 
+COLUMNS = ("method", "works on a layer", "intervals", "precision", "ms a step", "samples/s", "efficiency", "memory")
+
+
 def opening(costs: ModelCosts, machine: Machine) -> str:
     """The model and the machine."""
     lines = [

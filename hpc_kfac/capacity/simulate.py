@@ -1,9 +1,9 @@
 """One optimisation step of all ranks, as a discrete-event simulation of the plan that the engine executes.
 
-Every rank has a clock; the clocks are one vector, so that an operation costs the same for 2 ranks and for 16 384. The
-operations of `Problem.plan` are gone through in the plan's order, which is the order in which every rank runs them: what
-a rank computes advances its clock, a collective begins when the last of its ranks has posted it and the network is free,
-and is waited for where the executor waits (`execution.NEEDS`, `LONG`). Gradients are averaged meanwhile.
+Every rank has a clock; the clocks are one vector, so that an operation costs as much for 2 ranks as for 16 384.
+The operations of `Problem.plan` are gone through in the plan's order, in which every rank runs them: what a rank
+computes advances its clock; a collective begins when the last of its ranks has posted it and the network is free, and is
+waited for where the executor waits (`execution.NEEDS`, `LONG`). Gradients are averaged meanwhile.
 """
 
 from __future__ import annotations
@@ -386,7 +386,7 @@ def _end(begin: float, now: float, took: float, overlap: float) -> float:
 
 def owned_bytes(problem: Problem, costs: ModelCosts) -> int:
     """Bytes of the weights of the rank that owns most, where owners update."""
-    loads = defaultdict(int)
+    loads: Counter[int] = Counter()
     others = 0
     for weight in costs.weights:
         if weight.layer:

@@ -97,7 +97,7 @@ def _char_text(
 
     note = ""
     try:
-        _, vocabulary = read_text(path, pattern)
+        _tokens, vocabulary = read_text(path, pattern)
     except (ValueError, OSError):
         vocabulary, note = 256, "the text cannot be read here; 256 different characters are assumed"
 
@@ -120,7 +120,7 @@ def _user(task: Component) -> Outline:
         model: nn.Module = task(seed=0).model
         return model
 
-    inputs, _ = task(seed=0).train.fetch(torch.tensor([0]))
+    inputs, _targets = task(seed=0).train.fetch(torch.tensor([0]))
     tokens = 0 if inputs.is_floating_point() else int(inputs.max()) + 1
     try:
         with torch.device("meta"):
