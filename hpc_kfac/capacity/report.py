@@ -10,7 +10,6 @@ from hpc_kfac.capacity.machine import Machine
 from hpc_kfac.capacity.memory import ROLES
 from hpc_kfac.capacity.model_costs import ModelCosts
 
-
 COLUMNS = ("method", "works on a layer", "intervals", "precision", "ms a step", "samples/s", "efficiency", "memory")
 
 

@@ -2,8 +2,8 @@
 
 Every rank has a clock; the clocks are one vector, so that an operation costs as much for 2 ranks as for 16 384.
 The operations of `Problem.plan` are gone through in the plan's order, in which every rank runs them: what a rank
-computes advances its clock; a collective begins when the last of its ranks has posted it and the network is free, and is
-waited for where the executor waits (`execution.NEEDS`, `LONG`). Gradients are averaged meanwhile.
+computes advances its clock; a collective begins when the last of its ranks has posted it and the network is free, and
+is waited for where the executor waits (`execution.NEEDS`, `LONG`). Gradients are averaged meanwhile.
 """
 
 from __future__ import annotations
