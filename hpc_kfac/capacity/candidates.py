@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hpc_kfac.capacity.clocks import Conditions
 from hpc_kfac.capacity.forecast import Case, Forecast, forecast
 from hpc_kfac.capacity.machine import Machine
 from hpc_kfac.capacity.model_costs import ModelCosts
-from hpc_kfac.capacity.simulate import Conditions
 from hpc_kfac.capacity.times import Settings
 from hpc_kfac.distributed import Kaisa
 from hpc_kfac.methods import METHODS

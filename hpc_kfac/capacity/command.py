@@ -13,11 +13,12 @@ from torch import nn
 
 from hpc_kfac.capacity import advisor, report
 from hpc_kfac.capacity.candidates import Candidate, Choice, candidates, evaluate, largest_fraction, recommend
+from hpc_kfac.capacity.clocks import Conditions
 from hpc_kfac.capacity.forecast import Case, forecast
 from hpc_kfac.capacity.machine import Machine, load, number
 from hpc_kfac.capacity.model_costs import ModelCosts, model_costs
 from hpc_kfac.capacity.models import MODELS, named
-from hpc_kfac.capacity.simulate import Conditions, simulate
+from hpc_kfac.capacity.simulate import simulate
 from hpc_kfac.capacity.times import Settings
 from hpc_kfac.distributed import Kaisa
 from hpc_kfac.methods import METHODS

@@ -12,10 +12,11 @@ import numpy as np
 
 from hpc_kfac.agreement import FIXED
 from hpc_kfac.capacity.buffers import Buffers
+from hpc_kfac.capacity.clocks import Conditions
 from hpc_kfac.capacity.machine import Machine
 from hpc_kfac.capacity.memory import memory, total
 from hpc_kfac.capacity.model_costs import ModelCosts
-from hpc_kfac.capacity.simulate import COLLECTIVES, Conditions, Step, simulate
+from hpc_kfac.capacity.simulate import Step, simulate
 from hpc_kfac.capacity.times import Settings, Times, times
 from hpc_kfac.costs import declared_costs, place, refresh_flops
 from hpc_kfac.distributed import Kaisa, Rates, Unit, UnitCost
@@ -222,15 +223,4 @@ def _flops(problem: Problem | None, durations: Times, due_steps: Counter[Due]) -
         groups[group] += problem.costs[layer].precondition  # type: ignore[assignment]
     if problem.assignment.workers < problem.assignment.trainers:
         found["precondition"] *= max(groups.values()) / max(sum(groups.values()), 1)
-    return found
-
-
-def posted(problem: Problem, due: Due, ranks: int) -> dict[str, np.ndarray]:
-    """Payload bytes that each rank posts in a step by the plan alone: kind -> [ranks]."""
-    found: dict[str, np.ndarray] = {}
-    for operation in problem.plan(due):
-        if operation.kind in COLLECTIVES and operation.bytes:
-            members = operation.ranks
-            index = slice(members.start, members.stop, members.step) if isinstance(members, range) else list(members)
-            found.setdefault(operation.kind, np.zeros(ranks, dtype=np.int64))[index] += operation.bytes
     return found

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hpc_kfac.capacity.gradients import owned_bytes
 from hpc_kfac.capacity.model_costs import ModelCosts
-from hpc_kfac.capacity.simulate import owned_bytes
 from hpc_kfac.capacity.times import Settings
 from hpc_kfac.step_plan import Problem
 
