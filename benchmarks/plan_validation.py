@@ -25,11 +25,11 @@ import torch
 import hpc_kfac as hk
 from hpc_kfac.capacity.calibrate import batch_of, measure_machine, measure_phases
 from hpc_kfac.capacity.candidates import gigabytes
-from hpc_kfac.capacity.command import Run, read_run
 from hpc_kfac.capacity.forecast import Case, Forecast, forecast
 from hpc_kfac.capacity.machine import load
 from hpc_kfac.capacity.memory import curvature_bytes
 from hpc_kfac.capacity.model_costs import ModelCosts
+from hpc_kfac.capacity.run import Run, read_run
 from hpc_kfac.capacity.simulate import COLLECTIVES
 from hpc_kfac.training.averaging import make_averaging
 from hpc_kfac.training.launch import Ranks, join, keep_freed_memory, set_threads
@@ -243,8 +243,8 @@ def _dp(run: Run, costs: dict[str, ModelCosts]) -> list[str]:
         sent = sum(common.traffic[k] for k in common.traffic) / sum(local.traffic[k] for k in local.traffic)
         refresh = common.seconds / local.seconds
         lines.append(
-            f"  {ranks} ranks, all intervals 1: all memory but activations {memory:.2f} times less, bytes {sent:.2f} times,"
-            f" a step {refresh:.2f} times shorter"
+            f"  {ranks} ranks, all intervals 1: all memory but activations {memory:.2f} times less, bytes {sent:.2f}"
+            f" times, a step {refresh:.2f} times shorter"
         )
     lines.append(
         "  published, against D-KFAC with factors on all ranks: memory 1.14 to 1.47, traffic 2.79 to 3.15 times"

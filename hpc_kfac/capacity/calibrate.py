@@ -10,30 +10,21 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from hpc_kfac import Preconditioner
-from hpc_kfac.capacity.machine import PHASES, Link, Machine
-from hpc_kfac.capacity.times import times
+from hpc_kfac.capacity.machine import Link, Machine
+from hpc_kfac.capacity.phases import measure_phases, now
+from hpc_kfac.capacity.run import Run
 from hpc_kfac.distributed import Communicator, communicator
-from hpc_kfac.schedule import Schedule
 from hpc_kfac.training.launch import Ranks, keep_freed_memory, set_threads
-from hpc_kfac.training.setup import make_optimizer
-
-if TYPE_CHECKING:
-    from hpc_kfac.capacity.command import Run
 
 REPEATS = 7
 PRODUCT, DECOMPOSED = 1024, (64, 256, 1024, 2048)
 MEMORY = 64 * 2**20  # bytes of a copy, well beyond caches
 MESSAGES = (8, 4 * 2**20)
-STEPS = 10  # of a run's phases
 
 
 def calibrate(run: Run | None, ranks: Ranks, samples: int | None = None) -> str:
@@ -46,8 +37,8 @@ def calibrate(run: Run | None, ranks: Ranks, samples: int | None = None) -> str:
     """
     set_threads(None, ranks)
     keep_freed_memory()
-    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    machine = measure_machine(ranks, device)
+    device = _device(ranks)
+    machine = measure_machine(ranks)
     if run is not None:
         if samples is None:
             samples = max(1, run.given.run.global_batch // ranks.size)
@@ -55,8 +46,9 @@ def calibrate(run: Run | None, ranks: Ranks, samples: int | None = None) -> str:
     return f"# Measured by hpc-kfac plan --calibrate; all {ranks.size} rank(s) at the same time.\n{machine.to_yaml()}"
 
 
-def measure_machine(ranks: Ranks, device: torch.device) -> Machine:
+def measure_machine(ranks: Ranks) -> Machine:
     """Rates of one rank while all work. Collective."""
+    device = _device(ranks)
     flops = {_name(dtype): _product(dtype, ranks, device) for dtype in (torch.float32, torch.float64, torch.bfloat16)}
     copied = torch.empty(MEMORY // 4, device=device)
     target = torch.empty_like(copied)
@@ -79,100 +71,6 @@ def measure_machine(ranks: Ranks, device: torch.device) -> Machine:
         overlap=overlap,
         gradients=each,
     )
-
-
-def measure_phases(run: Run, machine: Machine, ranks: Ranks, device: torch.device, samples: int) -> dict[str, float]:
-    """Phase -> measured seconds over those of the model of time. Collective, though no rank hears of another's step."""
-    measured = _run_phases(run, ranks, device, samples)
-    foretold = times(run.costs(), run.settings, machine, samples)
-    model = {
-        "forward": foretold.forward / run.settings.accumulation,
-        "backward": sum(seconds for seconds, _ in foretold.backward),
-        "statistics": foretold.extra + sum(foretold.statistics.values()),
-        "refresh": sum(foretold.refresh.values()),
-        "precondition": sum(foretold.precondition.values()),
-        "update": foretold.update,
-    }
-    return {p: measured[p] / model[p] for p in PHASES if measured.get(p, 0.0) > 0 and model[p] > 0}
-
-
-def _run_phases(run: Run, ranks: Ranks, device: torch.device, samples: int) -> dict[str, float]:
-    """Seconds of each phase of a step, the median over steps; the slowest rank's."""
-    torch.manual_seed(0)
-    model = run.outline.make().train().to(device)
-    optimizer = make_optimizer(run.given.parts, model)
-    preconditioner = None
-    if run.settings.method is not None:
-        preconditioner = Preconditioner(
-            model,
-            optimizer,
-            method=run.settings.method,
-            schedule=Schedule(statistics=2, refresh=4),
-            step_control=run.settings.control,
-            precision=run.settings.precision,
-            skip=run.given.run.skip,
-            fisher=run.settings.fisher,  # type: ignore[arg-type]
-        )
-    found: dict[str, list[float]] = {phase: [] for phase in PHASES}
-    for step in range(4 * STEPS):
-        _one_step(run, model, optimizer, preconditioner, samples, device, step, found, ranks)
-    medians = {phase: statistics.median(seconds) for phase, seconds in found.items() if seconds}
-    return {phase: max(ranks.gather(value)) for phase, value in medians.items()}
-
-
-def _one_step(
-    run: Run,
-    model: nn.Module,
-    optimizer: Any,
-    preconditioner: Preconditioner | None,
-    samples: int,
-    device: torch.device,
-    step: int,
-    found: dict[str, list[float]],
-    ranks: Ranks,
-) -> None:
-    inputs = batch_of(run, max(1, samples // run.settings.accumulation), device)
-    optimizer.zero_grad()
-    ranks.gather(None)
-    if preconditioner is not None:
-        preconditioner.timings.clear()
-    start = _now(device)
-    with torch.autocast(device.type, run.settings.autocast, enabled=run.settings.autocast != torch.float32):
-        outputs = model(inputs)
-        loss = torch.log_softmax(outputs, -1).mean().neg()
-    forward = _now(device) - start
-    start = _now(device)
-    if preconditioner is not None:
-        preconditioner.observe(outputs)
-    observed = _now(device) - start
-    start = _now(device)
-    loss.backward()
-    backward = _now(device) - start
-    timings = preconditioner.timings if preconditioner is not None else {}
-    early = timings.get("statistics", 0.0) if run.settings.fisher == "empirical" else 0.0
-    report = preconditioner.step() if preconditioner is not None else None
-    start = _now(device)
-    optimizer.step()
-    update = _now(device) - start
-    if step < 4:  # kernels are chosen, buffers are filled
-        return
-    found["forward"].append(forward)
-    found["backward"].append(backward - early)
-    found["update"].append(update)
-    if report is not None:
-        found["precondition"].append(timings["precondition"])
-        if report.statistics:
-            found["statistics"].append(
-                timings["statistics"] + (observed if run.settings.fisher != "empirical" else 0.0)
-            )
-        if report.refreshed:
-            found["refresh"].append(timings["refresh"])
-
-
-def batch_of(run: Run, samples: int, device: torch.device) -> torch.Tensor:
-    """Random inputs; images with the channels last in memory, as the data sets give them."""
-    inputs = run.outline.inputs(samples, device)
-    return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
 
 
 def _networks(ranks: Ranks, device: torch.device, bandwidth: float) -> tuple[Link, float, float]:
@@ -249,20 +147,19 @@ def _decomposition(n: int, eigen: bool, ranks: Ranks, device: torch.device) -> f
 
 def _seconds(what: Callable[[], object], ranks: Ranks, repeats: int = REPEATS) -> float:
     """Of one call, the median over calls of the slowest rank; all ranks begin together. Collective."""
+    device = _device(ranks)
     found = []
     what()
     for _ in range(repeats):
         ranks.gather(None)
-        start = _now(None)
+        start = now(device)
         what()
-        found.append(_now(None) - start)
+        found.append(now(device) - start)
     return max(ranks.gather(statistics.median(found)))
 
 
-def _now(device: torch.device | None) -> float:
-    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _device(ranks: Ranks) -> torch.device:
+    return torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _memory(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -126,6 +127,8 @@ def recommend(all_of_them: Sequence[Candidate], limit: float) -> tuple[Candidate
         limit: bytes of a rank.
     """
     made = [c for c in all_of_them if c.found is not None and c.method != "none"]
+    if made and all(math.isinf(_found(c).seconds) for c in made):
+        return None, "nothing, as no step comes to an end"
     fitting = [c for c in made if _found(c).peak <= limit]
     exact = [c for c in fitting if not c.samples_alone] or fitting
     if not exact:
@@ -192,7 +195,10 @@ def largest_fraction(costs: ModelCosts, case: Case, machine: Machine, limit: flo
 
 def gigabytes(nbytes: float) -> str:
     """In words, in powers of ten."""
-    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes:.0f} B"
 
 
 def _dearest(found: Forecast) -> str:

@@ -46,10 +46,12 @@ class Members:
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self.ranks = ranks
-        self.index: slice | list[int] = list(ranks)
-        self._set: Sequence[int] | frozenset[int] = frozenset(ranks)
+        self.index: slice | list[int]
+        self._set: Sequence[int] | frozenset[int]
         if isinstance(ranks, range):
             self.index, self._set = slice(ranks.start, ranks.stop, ranks.step), ranks
+        else:
+            self.index, self._set = list(ranks), frozenset(ranks)
 
     def __contains__(self, rank: int) -> bool:
         return rank in self._set
@@ -126,7 +128,7 @@ class Clocks:
         """These ranks compute for so many seconds, each at its own speed."""
         if took <= 0.0:
             return
-        if self._timeline is not None and self._watched in members:
+        if self._timeline is not None and self._watched in members and self.now[self._watched] < np.inf:
             start = float(self.now[self._watched])
             self._timeline.span(kind, about, start, start + took * float(self.slowness[self._watched]))
         spent = took * self.slowness[members.index]
@@ -202,7 +204,7 @@ class Clocks:
             index = first.members.index
             begin = max(first.posted, float(self._network[index].max()))
             if begin == np.inf:
-                self.stalled = self.stalled or f"{first.kind} ({first.about})"
+                self.stalled = self.stalled or " of ".join(dict.fromkeys((first.kind, first.about)))
                 first.done = np.inf
             else:
                 first.done = _end(begin, float(self.now[index].max()), first.seconds, self._overlap)
@@ -214,10 +216,11 @@ class Clocks:
         if flight.seen or self._watched not in members or self._watched not in flight.members:
             return
         flight.seen = True
-        if self._timeline is not None:
-            done = flight.done if flight.done is not None and flight.done < np.inf else flight.posted
+        if self._timeline is not None and self.now[self._watched] < np.inf:
+            done = flight.done if flight.done is not None and flight.done < np.inf else 0.0
             start = float(self.now[self._watched])
-            self._timeline.flight(flight.kind, flight.about, flight.posted, max(done, flight.posted))
+            posted = flight.posted if flight.posted < np.inf else start
+            self._timeline.flight(flight.kind, flight.about, posted, max(done, posted))
             self._timeline.span(flight.kind, f"wait, {flight.about}", start, max(start, done))
         if self._buffers is not None and flight.kind in POOLED:
             self._buffers.give_back(flight.bytes)

@@ -129,16 +129,20 @@ class Machine:
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False, width=110)
 
 
+def machines() -> list[str]:
+    """Names of the machine files that come along."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
 def load(name: str) -> Machine:
     """A machine from a file, or one of those that come along by its name.
 
     Raises:
         InputError: no such file, or not what a machine file should be.
     """
-    path = Path(name)
+    path, known = Path(name), ", ".join(machines())
     if not path.suffix and not path.exists():
         path = FOLDER / f"{name}.yaml"
-    known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
     try:
         document = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -10,7 +10,7 @@ from hpc_kfac.capacity.machine import Machine
 from hpc_kfac.capacity.memory import ROLES
 from hpc_kfac.capacity.model_costs import ModelCosts
 
-COLUMNS = ("method", "works on a layer", "intervals", "precision", "ms a step", "samples/s", "efficiency", "memory")
+COLUMNS = ("method", "works on a layer", "intervals", "precision", "ms a step", "samples/s", "efficiency", "memory", "")
 
 
 def opening(costs: ModelCosts, machine: Machine) -> str:
@@ -32,9 +32,7 @@ def table(found: Sequence[Candidate], limit: float, alone: dict[str, float]) -> 
         limit: bytes of a rank.
         alone: method -> seconds that one rank would take over so many ranks' share of the samples, for efficiency.
     """
-    rows = [
-        ["method", "works on a layer", "intervals", "precision", "ms a step", "samples/s", "efficiency", "memory", ""]
-    ]
+    rows = [list(COLUMNS)]
     for candidate in found:
         case, forecast = candidate.case, candidate.found
         plain = candidate.method == "none"
@@ -50,7 +48,7 @@ def table(found: Sequence[Candidate], limit: float, alone: dict[str, float]) -> 
         remark = "" if forecast.peak <= limit else f"does not fit {gigabytes(limit)}"
         stalled = next((step.stalled for step in forecast.steps.values() if step.stalled), "")
         if stalled:
-            rows.append([*begin, "", "", "", gigabytes(forecast.peak), f"stalls: all wait in {stalled}"])
+            rows.append([*begin, "", "", "", gigabytes(forecast.peak), f"stalls: all wait for {stalled}"])
             continue
         efficiency = alone[candidate.method] / forecast.seconds
         figures = [f"{1e3 * forecast.seconds:.4g}", f"{forecast.rate:.4g}", f"{efficiency:.2f}"]
@@ -70,9 +68,8 @@ def details(candidate: Candidate) -> str:
         traffic = {name: int(array.max()) for name, array in step.traffic.items() if array.any()}
         lines.append(f"{kind} step: {1e3 * step.seconds:.4g} ms; " + _phases(step.phases))
         if traffic:
-            wire = {name: gigabytes(step.sent[name]) for name in traffic}
-            bytes_of = {name: f"{value} ({wire[name]} on the wire)" for name, value in traffic.items()}
-            lines.append(f"    bytes a rank posts: {_list(bytes_of)}")
+            wire = {name: f"{value} ({gigabytes(step.sent[name])})" for name, value in traffic.items()}
+            lines.append(f"    bytes that a rank posts (and sends on the mean): {_list(wire)}")
     flops = {phase: f"{value / 1e9:.3g}" for phase, value in found.flops.items() if value}
     lines.append(f"Gflop of a rank, mean of {found.period} steps: {_list(flops)}")
     if found.problem is not None:
