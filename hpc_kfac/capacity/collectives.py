@@ -106,7 +106,7 @@ def _hierarchical(part: float, nbytes: float, group: Group, machine: Machine) ->
         return inside
     # Each of a node's ranks sends a share of the message; together they have the node's network to themselves.
     share = Link(machine.between.latency, machine.between.bandwidth / machine.ranks_per_node)
-    return inside + _fast(part, nbytes / local if part else nbytes / local, nodes, share)
+    return inside + _fast(part, nbytes / local, nodes, share)
 
 
 def _fast(part: float, nbytes: float, ranks: int, link: Link) -> float:

@@ -92,6 +92,15 @@ class Machine:
         for name, value in rates.items():
             if not (value > 0 and math.isfinite(value)):
                 raise InputError(f"machine {self.name}: {name} is {value}; give a positive number")
+        waits = {"overhead": self.overhead, "gradients": self.gradients}
+        waits |= {"inside.latency": self.inside.latency, "between.latency": self.between.latency}
+        for name, value in waits.items():
+            if not (value >= 0 and math.isfinite(value)):
+                raise InputError(f"machine {self.name}: {name} is {value}; give seconds, 0 or more")
+        for name, sizes in (("cholesky", self.cholesky), ("eigen", self.eigen)):
+            for size in sizes:
+                if not isinstance(size, int) or size < 1:
+                    raise InputError(f"machine {self.name}: {name} has the size {size!r}; give whole numbers, from 1")
         if not 0 < self.efficiency <= 1:
             raise InputError(f"machine {self.name}: efficiency is {self.efficiency}; give a share, above 0 up to 1")
         if not 0 <= self.overlap <= 1:
@@ -171,7 +180,8 @@ def _machine(name: str, document: dict[str, Any]) -> Machine:
         for key in ("memory", "memory_bandwidth", "efficiency", "overhead", "overlap", "gradients"):
             if key in document:
                 values[key] = number(document[key])
-        values["ranks_per_node"] = int(document["ranks_per_node"])
+        key = "ranks_per_node"
+        values[key] = int(document[key])
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"machine file {name}: {key}: {error}") from error
     return Machine(**values)

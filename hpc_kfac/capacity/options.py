@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,11 @@ Value = TypeVar("Value")
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What is asked for, and the words that are settings of the run."""
+    """What is asked for, and the words that are settings of the run.
+
+    Raises:
+        SystemExit: after ``--help``, and with status 2 for a word that cannot be used.
+    """
     parser = argparse.ArgumentParser(
         "hpc-kfac plan",
         usage="hpc-kfac plan [RUN.yaml] --machine MACHINE --ranks N,... [options] [--key value ...]",
@@ -49,7 +53,18 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--calibrate", type=Path, metavar="FILE", help="measure this machine, with a run also its phases; under mpirun")
     add("--spectrum", type=Path, metavar="RUN", help="by a run's curvature: up to which batch more ranks help")
     add("--batches", type=_list(_positive), metavar="N,...", help="batches for --spectrum; by default powers of two")
-    return parser.parse_known_args(arguments)
+    known = {option for action in parser._actions for option in action.option_strings}
+    return parser.parse_known_args(list(_joined(arguments, known)))
+
+
+def _joined(arguments: Sequence[str], known: set[str]) -> Iterator[str]:
+    """``--key=value`` for settings of the run, whose value would else be taken for the run file."""
+    words = iter(arguments)
+    for word in words:
+        if word.startswith("--") and "=" not in word and word not in known:
+            value = next(words, None)
+            word = word if value is None else f"{word}={value}"
+        yield word
 
 
 def _list(read: Callable[[str], Value]) -> Callable[[str], list[Value]]:
@@ -98,7 +113,9 @@ def _method(word: str) -> str:
 
 
 def _interval(word: str) -> tuple[int, int]:
-    statistics, _, refresh = word.partition("/")
+    statistics, slash, refresh = word.partition("/")
+    if not slash:
+        raise argparse.ArgumentTypeError(f"{word!r}: write STATISTICS/REFRESH, such as 10/100")
     return _positive(statistics), _positive(refresh)
 
 
