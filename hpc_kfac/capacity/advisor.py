@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from hpc_kfac.training.launch import InputError
 
@@ -143,7 +144,21 @@ def report(run: Path, batches: Sequence[int] | None = None, damping: float = 0.1
     lines.append(
         "Ranks that raise the batch beyond the last column still shorten training, by less than half their share."
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_verdict(run, spectrum, damping)])
+
+
+def _verdict(run: Path, spectrum: Spectrum, damping: float) -> list[str]:
+    """Whether more ranks help the run itself, where it has its settings beside it."""
+    file = run / "settings.yaml"
+    if not file.exists():
+        return []
+    batch = int(yaml.safe_load(file.read_text())["global_batch"])
+    name, p = list(preconditioners(spectrum, damping).items())[-1]
+    share = steps(spectrum, 2 * batch, p) / steps(spectrum, batch, p)
+    help_or_not = "more ranks still help" if share < 0.75 else "more ranks hardly help"
+    return [
+        f"This run takes {batch} samples a step; {2 * batch} would take {share:.2f} of its steps ({name}): {help_or_not}."
+    ]
 
 
 def measured(run: Path) -> tuple[Spectrum, str]:

@@ -84,7 +84,8 @@ def _networks(ranks: Ranks, device: torch.device, bandwidth: float) -> tuple[Lin
     n = ranks.size
     # As `collectives` has a ring: 2 (n - 1) (latency + bytes / n / bandwidth).
     latency = short / (2 * (n - 1))
-    link = Link(latency, 2 * (n - 1) / n * MESSAGES[1] / max(long - short, 1e-9))
+    # Where something else holds up the short message, the long one is at least half bytes.
+    link = Link(latency, 2 * (n - 1) / n * MESSAGES[1] / max(long - short, 0.5 * long))
     return link, _overlap(comm, large, long, ranks, device), _each_gradient(short, ranks)
 
 

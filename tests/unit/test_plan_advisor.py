@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ def test_a_runs_own_spectrum(tmp_path: Path) -> None:
     )
     text = report(tmp_path / "one", [8, 64, 512])
     assert "first loss" in text and "damped inverse" in text and "50 % efficient" in text
+    assert re.search(r"This run takes 128 samples a step; 256 would take 0\.\d\d of its steps .*: more ranks", text)
     spectrum, coverage = advisor.measured(tmp_path / "one")
     # The distance to the minimum is such that the model's first loss is the run's.
     first = float((spectrum.values * spectrum.counts).sum()) * spectrum.start / 2
