@@ -155,9 +155,9 @@ def _verdict(run: Path, spectrum: Spectrum, damping: float) -> list[str]:
     batch = int(yaml.safe_load(file.read_text())["global_batch"])
     name, p = list(preconditioners(spectrum, damping).items())[-1]
     share = steps(spectrum, 2 * batch, p) / steps(spectrum, batch, p)
-    help_or_not = "more ranks still help" if share < 0.75 else "more ranks hardly help"
+    verdict = "more ranks still help" if share < 0.75 else "more ranks hardly help"
     return [
-        f"This run takes {batch} samples a step; {2 * batch} would take {share:.2f} of its steps ({name}): {help_or_not}."
+        f"This run takes {batch} samples a step; {2 * batch} would take {share:.2f} of its steps ({name}): {verdict}."
     ]
 
 

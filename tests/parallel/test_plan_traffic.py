@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 import hpc_kfac as hk
+from hpc_kfac.capacity import calibrate
 from hpc_kfac.capacity.forecast import Case, forecast, make_problem, period
 from hpc_kfac.capacity.machine import load
 from hpc_kfac.capacity.memory import memory
 from hpc_kfac.capacity.model_costs import model_costs
 from hpc_kfac.capacity.simulate import COLLECTIVES, simulate
 from hpc_kfac.capacity.times import Settings, times
+from hpc_kfac.training.launch import Ranks
 from hpc_kfac.training.models_text import GPT
 from hpc_kfac.training.models_vision import cifar_resnet, mlp
 from hpc_kfac.training.outlines import Outline
@@ -181,3 +183,18 @@ def test_the_model_may_be_of_any_kind(comm):
     plain = found.steps["plain"].traffic
     for kind in ("gradients", "weights"):
         assert plain[kind][comm.rank] == trained.traffic[1][kind] == costs.gradient_bytes
+
+
+@pytest.mark.ranks(2)
+def test_calibration_measures_the_network(comm, monkeypatch, tmp_path):
+    """Both ranks at the same time; both come to one machine, whose file is read again."""
+    for name, value in {"PRODUCT": 64, "DECOMPOSED": (8, 16, 32), "MEMORY": 2**20}.items():
+        monkeypatch.setattr(calibrate, name, value)
+    machine = calibrate.measure_machine(Ranks(comm, comm.rank, comm.size, comm.rank, comm.size))
+    assert comm.allgather(machine.to_yaml()) == [machine.to_yaml()] * comm.size
+    assert machine.ranks_per_node == comm.size and machine.inside == machine.between
+    assert 1e-7 < machine.inside.latency < 0.1 and 1e6 < machine.inside.bandwidth < 1e12
+    assert 0 <= machine.overlap <= 1 and 0 <= machine.gradients < 0.1
+    path = tmp_path / f"{comm.rank}.yaml"
+    path.write_text(machine.to_yaml())
+    assert load(str(path)).to_yaml() == machine.to_yaml()
