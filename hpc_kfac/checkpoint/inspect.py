@@ -121,10 +121,14 @@ class _Average:
         self.weight += weight
         self.total = weighted if self.total is None else self.total + weighted
 
+    def mean(self) -> Tensor | None:
+        return None if self.total is None or self.weight <= 0 else self.total / self.weight
+
     def condition(self) -> str:
-        if self.total is None or self.weight <= 0:
+        mean = self.mean()
+        if mean is None:
             return ""
-        values = torch.linalg.eigvalsh(self.total / self.weight)
+        values = torch.linalg.eigvalsh(mean)
         smallest, largest = values[..., 0], values[..., -1]
         return f"{torch.where(smallest > 0, largest / smallest, torch.inf).max().item():.2g}"
 
@@ -173,6 +177,21 @@ def description(path: Path, conditions: bool = True) -> str:
     if waiting:
         lines.append(f"{waiting} decomposition(s) wait to come into use")
     return "\n".join(lines)
+
+
+def factors(path: Path) -> dict[str, Tensor]:
+    """The symmetric factors of a set, averaged over ranks: "layer factor" -> [..., d, d] in float64.
+
+    Raises:
+        BrokenCheckpoint: the set is not in order.
+    """
+    manifest = verify(path)
+    curvature = _read(path, manifest, COMMON)[0].get("preconditioner") or {}
+    layers, _ = _layers(path, manifest, curvature, True)
+    means = {
+        f"{name} {key}": average.mean() for name, layer in layers.items() for key, average in layer.factors.items()
+    }
+    return {name: mean for name, mean in means.items() if mean is not None}
 
 
 def _layers(

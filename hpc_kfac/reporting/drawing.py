@@ -1,0 +1,182 @@
+"""What all pictures share: size, line styles that need no colour, labels at the ends of curves, marks on the axis."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hpc_kfac.reporting.history import History
+from hpc_kfac.reporting.rows import Numbers
+from hpc_kfac.training.launch import InputError
+
+WIDTH, HEIGHT, DPI = 5.2, 3.5, 180
+"""Inches, and dots in one: letters stay readable when a picture is as wide as a phone."""
+BINS = 300
+"""A curve of more than twice as many points is drawn by its mean, smallest and largest value in so many bins."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#8A6D00")
+LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)), (0, (3, 1, 1, 1)))
+MARKERS = "os^Dv*Px"
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "---", "|||", "+++", "**", "//..", "xx--")
+END_GAP = 0.065
+"""Least distance of two labels, by the height of the axes."""
+
+
+@dataclass
+class Picture:
+    """A picture that is ready to be shown.
+
+    Attributes:
+        name: of its file, without the ending.
+        title: short, for the page.
+        alt: what is to be seen on it, for those who do not see it.
+        png: its bytes.
+    """
+
+    name: str
+    title: str
+    alt: str
+    png: bytes
+
+
+def need_matplotlib() -> None:
+    """Makes matplotlib ready to draw into files.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError(f"report needs matplotlib: {error}; pip install 'hpc-kfac[report]'") from error
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"font.size": 9.5, "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3})
+    matplotlib.rcParams.update({"hatch.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def draw(name: str, title: str, alt: str, paint: Callable[[Any], None], height: float = HEIGHT) -> Picture:
+    """Draws one picture.
+
+    Args:
+        name: of its file.
+        title: of the picture.
+        alt: words for it.
+        paint: is given the axes.
+        height: inches.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    paint(axes)
+    axes.set_title(title, loc="left")
+    image = io.BytesIO()
+    figure.savefig(image, dpi=DPI, format="png")
+    return Picture(name, title, alt, image.getvalue())
+
+
+def style(number: int) -> dict[str, Any]:
+    """Colour and line of the curve of this number; no two are alike in both."""
+    turn, place = divmod(number, len(LINES))
+    return {"color": COLORS[(place + turn) % len(COLORS)], "linestyle": LINES[place]}
+
+
+def envelope(x: Numbers, y: Numbers, bins: int = BINS) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+    """A curve of few points: the bins' mean x, and mean, smallest and largest y. NaN is left out.
+
+    Args:
+        x: ascending.
+        y: of the same length.
+        bins: of equal width; a curve of up to twice as many points stays as it is.
+    """
+    known = np.isfinite(x) & np.isfinite(y)
+    x, y = x[known], y[known]
+    if len(x) <= 2 * bins:
+        return x, y, y, y
+    edges = np.linspace(x[0], x[-1], bins + 1)[:-1]
+    starts = np.unique(np.searchsorted(x, edges))
+    counts = np.diff(starts, append=len(x))
+    mean_x, mean_y = (np.add.reduceat(values, starts) / counts for values in (x, y))
+    return mean_x, mean_y, np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
+
+
+def curve(axes: Any, x: Numbers, y: Numbers, **look: Any) -> tuple[float, float] | None:
+    """Draws a curve, with the range in each bin behind it if it is a long one; returns its end."""
+    x, y, low, high = envelope(x, y)
+    if not len(x):
+        return None
+    axes.plot(x, y, **look)
+    if low is not y:
+        axes.fill_between(x, low, high, color=look.get("color"), alpha=0.15, linewidth=0)
+    return float(x[-1]), float(y[-1])
+
+
+def label_ends(axes: Any, ends: Sequence[tuple[str, tuple[float, float] | None, str]]) -> None:
+    """Names curves at their ends, on the right of the axes, one above the other where they are close.
+
+    Args:
+        axes: with the curves drawn and scales and limits set.
+        ends: name, end (x, y) in data, colour.
+    """
+    to_axes = axes.transData + axes.transAxes.inverted()
+    placed = [(float(to_axes.transform(end)[1]), name, color) for name, end, color in ends if end is not None]
+    height = -math.inf
+    heights = []
+    for wanted, _, _ in sorted(placed):
+        height = max(wanted, height + END_GAP)
+        heights.append(height)
+    over = max(0.0, heights[-1] - 1.0) if heights else 0.0
+    for (_, name, color), height in zip(sorted(placed), heights, strict=True):
+        axes.text(1.01, height - over, name, color=color, transform=axes.transAxes, va="center", fontsize=9)
+
+
+def log_if_wide(axes: Any, columns: Sequence[Numbers], factor: float = 10.0) -> None:
+    """A logarithmic scale where all values are positive and the largest is many times the smallest."""
+    known = [column[np.isfinite(column)] for column in columns]
+    values = np.concatenate([column for column in known if len(column)] or [np.ones(1)])
+    if values.min() > 0 and values.max() > factor * values.min():
+        axes.set_yscale("log")
+
+
+def mark(axes: Any, histories: Sequence[History], axis: str) -> None:
+    """Marks checkpoints by triangles on the axis, restarts and rollbacks by upright lines with their name."""
+    below = axes.get_xaxis_transform()
+    for number, history in enumerate(histories):
+        color, height = COLORS[number % len(COLORS)], 0.015 + 0.04 * number
+        places = history.at(history.marks.checkpoints, axis)
+        axes.plot(places, np.full(len(places), height), "^", ms=4, color=color, transform=below, clip_on=False)
+        whose = f" {history.label}" if len(histories) > 1 else ""
+        for words, steps, line in (
+            ("restart", history.marks.restarts, (0, (4, 3))),
+            ("rollback", history.marks.rollbacks, (0, (1, 2))),
+        ):
+            for place in history.at(steps, axis):
+                axes.axvline(place, color=color, linestyle=line, linewidth=0.9)
+                axes.text(
+                    place, 0.99, words + whose, color=color, rotation=90, ha="right", va="top", fontsize=7.5,
+                    transform=below,
+                )  # fmt: skip
+
+
+def marks_in_words(histories: Sequence[History]) -> str:
+    """What `mark` shows."""
+    parts = []
+    for history in histories:
+        whose = f" of {history.label}" if len(histories) > 1 else ""
+        for words, steps in (
+            ("checkpoints", history.marks.checkpoints),
+            ("restarts", history.marks.restarts),
+            ("rollbacks", history.marks.rollbacks),
+        ):
+            if steps:
+                parts.append(f"{words}{whose} at step {_listed(steps)}")
+    return f" Marked: {'; '.join(parts)}." if parts else ""
+
+
+def _listed(steps: Sequence[int]) -> str:
+    shown = [str(step) for step in steps]
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-2:]])

@@ -1,0 +1,155 @@
+"""Heat maps of layers over steps, and spectra of factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from hpc_kfac.reporting.drawing import COLORS, LINES, MARKERS, Picture, draw, label_ends
+from hpc_kfac.reporting.history import History
+from hpc_kfac.reporting.rows import Numbers
+from hpc_kfac.reporting.spectra import Spectra
+
+COLUMNS = 60
+"""So many columns a heat map has at most."""
+WRITTEN = 8
+"""With so many columns or fewer, numbers are written into the cells."""
+MOST_NAMES = 60
+ROUND_OFF = 1e8
+"""Float32 factors know no larger condition."""
+FACTORS = {
+    "condition": ("Condition of factors", "largest by smallest eigenvalue", True),
+    "trace": ("Trace of factors", "trace", True),
+    "effective_rank": ("Effective rank of factors", "effective rank", True),
+}
+LAYERS = {
+    "layer_update": ("Update size of layers", "|update| / |weights|", True),
+    "layer_staleness": ("Staleness of layers", "steps since the decomposition began", False),
+    "layer_cosine": ("Cosine of update and gradient", "cosine", False),
+    "layer_curvature_share": ("Curvature share of layers", "share", False),
+}
+"""By column: title, what the colour says, whether its scale is logarithmic."""
+
+
+def heat_maps(history: History) -> tuple[list[Picture], list[str]]:
+    """Heat maps of what the rows tell of layers and factors, and the titles of those that they tell nothing of."""
+    pictures, missing = [], []
+    sources = [(f"factors/{name}/", history.evaluation, look) for name, look in FACTORS.items()]
+    sources += [(f"{name}/", history.train, look) for name, look in LAYERS.items()]
+    for prefix, columns, look in sources:
+        found = history.below(prefix, columns)
+        if found and len(columns["step"]):
+            name = prefix.rstrip("/").rpartition("/")[2].removeprefix("layer_")
+            pictures.append(_heat_map(f"{name}_{history.label}", found, columns["step"], *look))
+        else:
+            missing.append(look[0])
+    return pictures, missing
+
+
+def _heat_map(file: str, rows: dict[str, Numbers], step: Numbers, title: str, words: str, log: bool) -> Picture:
+    names = list(rows)
+    values, last = _in_columns(np.array(list(rows.values())), step)
+    if words.startswith("largest"):
+        values = np.where(values > ROUND_OFF, np.nan, values)
+        words += "; crossed: singular to round-off"
+    elif np.isnan(values).any():
+        words += "; crossed: not known"
+    known = values[np.isfinite(values) & ((values > 0) | (not log))]
+
+    def paint(axes: Any) -> None:
+        from matplotlib.colors import LogNorm, Normalize
+
+        low, high = (float(known.min()), float(known.max())) if len(known) else (1.0, 1.0)
+        log_scale = log and high > low > 0
+        norm = LogNorm(low, high) if log_scale else Normalize(low, high if high > low else low + 1.0)
+        edges = np.concatenate([[0.0], last])
+        axes.patch.set(hatch="xx", facecolor="white", edgecolor="#999999")
+        mesh = axes.pcolormesh(
+            edges, np.arange(len(names) + 1), np.ma.masked_invalid(values), norm=norm, cmap="cividis"
+        )
+        axes.figure.colorbar(mesh, ax=axes, pad=0.02, label=words)
+        axes.invert_yaxis()
+        every = -(-len(names) // MOST_NAMES)
+        axes.set_yticks(np.arange(len(names))[::every] + 0.5, names[::every], fontsize=9 if len(names) <= 30 else 6)
+        axes.set_xlabel("steps")
+        axes.grid(visible=False)
+        if len(last) <= WRITTEN and len(names) <= 24:
+            _write(axes, values, edges, norm)
+
+    ends = [f"{name} {value:.3g}" for name, value in zip(names, values[:, -1], strict=True) if np.isfinite(value)]
+    shown = ", ".join(ends[:24]) + (f" and {len(ends) - 24} more" if len(ends) > 24 else "")
+    alt = f"{title} against steps, a row for each of {len(names)}. At the end: {shown or 'none known'}."
+    height = min(12.0, max(2.2, 1.0 + 0.22 * len(names)))
+    return draw(file, title, alt, paint, height)
+
+
+def _write(axes: Any, values: Numbers, edges: Numbers, norm: Any) -> None:
+    """Numbers in the cells, in black or white, whichever is read more easily."""
+    middles = (edges[:-1] + edges[1:]) / 2
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            color = "black" if float(norm(value)) > 0.5 else "white"
+            text = f"{value:.1e}" if value >= 1e4 else f"{value:.2g}" if value < 100 else f"{value:.0f}"
+            axes.text(middles[column], row + 0.5, text, color=color, ha="center", va="center", fontsize=7)
+
+
+def _in_columns(values: Numbers, step: Numbers) -> tuple[Numbers, Numbers]:
+    """Means of rows in at most `COLUMNS` columns [names, columns], and the last step of each column."""
+    starts = np.unique(np.linspace(0, len(step), min(COLUMNS, len(step)) + 1).astype(int)[:-1])
+    ends = np.append(starts[1:], len(step))
+    known = np.isfinite(values)
+    counts = np.add.reduceat(known, starts, axis=1, dtype=np.float64)
+    sums = np.add.reduceat(np.where(known, values, 0.0), starts, axis=1)
+    means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+    last = np.maximum.accumulate(step[ends - 1])
+    return means, last + 1e-9 * np.arange(len(last))
+
+
+def spectrum(history: History, spectra: Spectra) -> Picture | None:
+    """Eigenvalues by number, the largest first, of the chosen factors; None without any."""
+    if not spectra.values:
+        return None
+
+    def paint(axes: Any) -> None:
+        ends = []
+        for number, (name, values) in enumerate(spectra.values.items()):
+            positive = values[values > 0]
+            if not len(positive):
+                continue
+            color = COLORS[number % len(COLORS)]
+            places = np.arange(1, len(positive) + 1)
+            axes.plot(
+                places, positive, color=color, linestyle=LINES[number % len(LINES)], linewidth=1.4,
+                marker=MARKERS[number % len(MARKERS)], markersize=4, markevery=max(1, len(places) // 8),
+            )  # fmt: skip
+            ends.append((name, (float(places[-1]), float(positive[-1])), color))
+        axes.set(xscale="log", yscale="log", xlabel="number of the eigenvalue, the largest first", ylabel="eigenvalue")
+        largest = max(float(values[0]) for values in spectra.values.values())
+        smallest = min(float(values[values > 0].min()) for values in spectra.values.values() if (values > 0).any())
+        axes.set_ylim(max(smallest / 2, 1e-12 * largest), 2 * largest)
+        label_ends(axes, ends)
+
+    parts = "; ".join(
+        f"{name}: {len(spectra.values[name])} eigenvalues, largest {spectra.values[name][0]:.3g}, condition"
+        f" {found['condition']:.2g}, effective rank {found['effective_rank']:.3g}"
+        for name, found in spectra.figures.items()
+    )
+    title = f"Spectra of factors at step {spectra.step}"
+    return draw(f"spectrum_{history.label}", title, f"{title}. {parts}.", paint, 4.0)
+
+
+def spectrum_rows(spectra: Spectra) -> Iterator[tuple[str, ...]]:
+    """A table: factor, size, condition, trace, effective rank; its head comes first."""
+    yield ("factor", "eigenvalues", "condition", "trace", "effective rank")
+    for name, found in spectra.figures.items():
+        condition = found["condition"]
+        words = f"{condition:.2e}" if condition <= ROUND_OFF else "singular to round-off"
+        yield (
+            name,
+            str(len(spectra.values[name])),
+            words,
+            f"{found['trace']:.4g}",
+            f"{found['effective_rank']:.3g}",
+        )

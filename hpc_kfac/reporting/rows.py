@@ -1,0 +1,186 @@
+"""Reads metrics.jsonl into columns of numbers. A line that cannot be read is left out and counted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_kfac.training.launch import InputError
+
+PIECE = 8 * 2**20  # bytes whose rows are held at once
+Numbers = np.ndarray
+"""float64, one entry a row; NaN where a row has no such number."""
+
+
+class Table:
+    """Rows as columns. A number inside of others is named by the way to it: "phases/forward/mean".
+
+    Attributes:
+        count: rows so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._parts: dict[str, list[tuple[int, Numbers]]] = {}
+        self._kept: list[tuple[int, int]] = []
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends rows."""
+        for name, numbers in _columns(rows, ""):
+            self._parts.setdefault(name, []).append((self.count, numbers))
+        self.count += len(rows)
+
+    def go_back(self, step: int) -> None:
+        """The rows so far that are of later steps do not count: the run went back to this one."""
+        self._kept.append((self.count, step))
+
+    def columns(self) -> dict[str, Numbers]:
+        """All columns, by name, of the rows that count."""
+        kept = np.ones(self.count, dtype=bool)
+        steps = self._whole("step")
+        for count, step in self._kept:
+            kept[:count] &= steps[:count] <= step
+        return {name: self._whole(name)[kept] for name in self._parts}
+
+    def _whole(self, name: str) -> Numbers:
+        column = np.full(self.count, np.nan)
+        for start, numbers in self._parts.get(name, []):
+            column[start : start + len(numbers)] = numbers
+        return column
+
+
+class Metrics:
+    """The metrics of a run, read as far as they are written.
+
+    Args:
+        path: of metrics.jsonl.
+
+    Attributes:
+        train: rows of training.
+        evaluation: rows of evaluations.
+        rollbacks: steps (from, to) at which the run went back because its loss had blown up.
+        skipped: lines that could not be read, the last one if it is half-written among them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._start_anew()
+
+    def poll(self) -> bool:
+        """Reads what has been added since the last call; all of it if the file is another one.
+
+        Returns:
+            Whether there was anything.
+
+        Raises:
+            InputError: there is no such file, or it cannot be read.
+        """
+        try:
+            with open(self._path, "rb") as file:
+                facts = os.fstat(file.fileno())
+                if facts.st_ino != self._inode or facts.st_size < self._read:
+                    self._start_anew()
+                    self._inode = facts.st_ino
+                file.seek(self._read)
+                before = self._read + len(self._tail)
+                while lines := file.readlines(PIECE):
+                    self._take(lines)
+        except OSError as error:
+            raise InputError(f"{self._path}: {error.strerror}; give the folder of a run that has begun") from error
+        return self._read + len(self._tail) != before
+
+    @property
+    def skipped(self) -> int:
+        return self._broken + (_parsed(self._tail) is None if self._tail.strip() else 0)
+
+    def _start_anew(self) -> None:
+        self.train, self.evaluation = Table(), Table()
+        self.rollbacks: list[tuple[int, int]] = []
+        self._inode, self._read, self._tail, self._broken = -1, 0, b"", 0
+
+    def _take(self, lines: list[bytes]) -> None:
+        self._tail = b"" if lines[-1].endswith(b"\n") else lines.pop()
+        self._read += sum(map(len, lines))
+        waiting: dict[str, list[dict[str, Any]]] = {"train": [], "evaluation": []}
+        for line in lines:
+            row = _parsed(line)
+            if row is None:
+                self._broken += bool(line.strip())
+            elif row["kind"] in waiting:
+                waiting[row["kind"]].append(row)
+            elif row["kind"] == "rollback" and _is_step(row.get("to_step")):
+                self._flush(waiting)
+                self.rollbacks.append((row["step"], row["to_step"]))
+                self.train.go_back(row["to_step"])
+                self.evaluation.go_back(row["to_step"])
+        self._flush(waiting)
+
+    def _flush(self, waiting: dict[str, list[dict[str, Any]]]) -> None:
+        for kind, table in (("train", self.train), ("evaluation", self.evaluation)):
+            table.add(waiting[kind])
+            waiting[kind] = []
+
+
+def parsed_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file one by one, as they are; what cannot be read is left out."""
+    with open(path, "rb") as file:
+        for line in file:
+            row = _parsed(line)
+            if row is not None:
+                yield row
+
+
+def numbers_of(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a row, named as in `Table`."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from numbers_of(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name, value
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A row; None if it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    good = isinstance(row, dict) and isinstance(row.get("kind"), str) and _is_step(row.get("step"))
+    return row if good else None
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], prefix: str) -> Iterator[tuple[str, Numbers]]:
+    for name in dict.fromkeys(chain.from_iterable(rows)):
+        values = [row.get(name) for row in rows]
+        if any(isinstance(value, dict) for value in values):
+            inner = [value if isinstance(value, dict) else {} for value in values]
+            yield from _columns(inner, f"{prefix}{name}/")
+        elif name != "kind":
+            yield prefix + name, _numbers(values)
+
+
+def _numbers(values: list[Any]) -> Numbers:
+    try:
+        numbers = np.array(values, dtype=np.float64)  # None becomes NaN
+        if numbers.ndim == 1:
+            return numbers
+    except (ValueError, TypeError, OverflowError):
+        pass
+    return np.array([_number(value) for value in values])
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) else float("nan")
+    except OverflowError:
+        return float("nan")
