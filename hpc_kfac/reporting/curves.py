@@ -111,7 +111,8 @@ def _control(histories: Sequence[History], name: str, words: str) -> Picture:
                 seen.append(history.train[name])
                 end = curve(axes, history.train["step"], seen[-1], linewidth=1.4, **look)
                 ends.append((history.label if len(histories) > 1 else "", end, look["color"]))
-        log_if_wide(axes, seen)
+        if name != "lr":
+            log_if_wide(axes, seen)
         axes.set(xlabel=AXES["step"], ylabel=words)
         axes.margins(x=0.01)
         mark(axes, histories, "step")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from hpc_kfac.reporting.history import History
 from hpc_kfac.reporting.rows import Numbers
 from hpc_kfac.training.launch import InputError
 
-WIDTH, HEIGHT, DPI = 5.2, 3.5, 180
+WIDTH, HEIGHT, DPI = 5.2, 3.5, 160
 """Inches, and dots in one: letters stay readable when a picture is as wide as a phone."""
 BINS = 300
 """A curve of more than twice as many points is drawn by its mean, smallest and largest value in so many bins."""
@@ -116,22 +115,27 @@ def curve(axes: Any, x: Numbers, y: Numbers, **look: Any) -> tuple[float, float]
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[str, tuple[float, float] | None, str]]) -> None:
-    """Names curves at their ends, on the right of the axes, one above the other where they are close.
+    """Names curves at their ends, one above the other where they are close.
 
     Args:
         axes: with the curves drawn and scales and limits set.
         ends: name, end (x, y) in data, colour.
     """
     to_axes = axes.transData + axes.transAxes.inverted()
-    placed = [(float(to_axes.transform(end)[1]), name, color) for name, end, color in ends if end is not None]
-    height = -math.inf
-    heights = []
-    for wanted, _, _ in sorted(placed):
-        height = max(wanted, height + END_GAP)
-        heights.append(height)
-    over = max(0.0, heights[-1] - 1.0) if heights else 0.0
-    for (_, name, color), height in zip(sorted(placed), heights, strict=True):
-        axes.text(1.01, height - over, name, color=color, transform=axes.transAxes, va="center", fontsize=9)
+    places: dict[int, list[tuple[float, float, str, str]]] = {}
+    for name, end, color in ends:
+        if end is not None:
+            x, y = (float(value) for value in to_axes.transform(end))
+            column = round(10 * x)
+            x = 1.0 if column == 10 else x
+            places.setdefault(column, []).append((min(max(y, 0.0), 1.0), x, name, color))
+    for group in places.values():
+        heights: list[float] = []
+        for wanted, *_ in sorted(group):
+            heights.append(max(wanted, heights[-1] + END_GAP if heights else 0.0))
+        over = max(0.0, heights[-1] - 1.0)
+        for (_, x, name, color), height in zip(sorted(group), heights, strict=True):
+            axes.text(x + 0.01, height - over, name, color=color, transform=axes.transAxes, va="center", fontsize=9)
 
 
 def log_if_wide(axes: Any, columns: Sequence[Numbers], factor: float = 10.0) -> None:
@@ -158,7 +162,7 @@ def mark(axes: Any, histories: Sequence[History], axis: str) -> None:
                 axes.axvline(place, color=color, linestyle=line, linewidth=0.9)
                 axes.text(
                     place, 0.99, words + whose, color=color, rotation=90, ha="right", va="top", fontsize=7.5,
-                    transform=below,
+                    transform=below, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3},
                 )  # fmt: skip
 
 

@@ -20,17 +20,17 @@ MOST_NAMES = 60
 ROUND_OFF = 1e8
 """Float32 factors know no larger condition."""
 FACTORS = {
-    "condition": ("Condition of factors", "largest by smallest eigenvalue", True),
-    "trace": ("Trace of factors", "trace", True),
-    "effective_rank": ("Effective rank of factors", "effective rank", True),
+    "condition": ("Condition of factors", True),
+    "trace": ("Trace of factors", True),
+    "effective_rank": ("Effective rank of factors", True),
 }
 LAYERS = {
-    "layer_update": ("Update size of layers", "|update| / |weights|", True),
-    "layer_staleness": ("Staleness of layers", "steps since the decomposition began", False),
-    "layer_cosine": ("Cosine of update and gradient", "cosine", False),
-    "layer_curvature_share": ("Curvature share of layers", "share", False),
+    "layer_update": ("Update by weights, norms, before lr", True),
+    "layer_staleness": ("Staleness in steps", False),
+    "layer_cosine": ("Cosine of update and gradient", False),
+    "layer_curvature_share": ("Curvature share", False),
 }
-"""By column: title, what the colour says, whether its scale is logarithmic."""
+"""By column: title, and whether the scale of the colours is logarithmic."""
 
 
 def heat_maps(history: History) -> tuple[list[Picture], list[str]]:
@@ -40,7 +40,7 @@ def heat_maps(history: History) -> tuple[list[Picture], list[str]]:
     sources += [(f"{name}/", history.train, look) for name, look in LAYERS.items()]
     for prefix, columns, look in sources:
         found = history.below(prefix, columns)
-        if found and len(columns["step"]):
+        if any(np.isfinite(column).any() for column in found.values()):
             name = prefix.rstrip("/").rpartition("/")[2].removeprefix("layer_")
             pictures.append(_heat_map(f"{name}_{history.label}", found, columns["step"], *look))
         else:
@@ -48,32 +48,36 @@ def heat_maps(history: History) -> tuple[list[Picture], list[str]]:
     return pictures, missing
 
 
-def _heat_map(file: str, rows: dict[str, Numbers], step: Numbers, title: str, words: str, log: bool) -> Picture:
-    names = list(rows)
-    values, last = _in_columns(np.array(list(rows.values())), step)
-    if words.startswith("largest"):
-        values = np.where(values > ROUND_OFF, np.nan, values)
-        words += "; crossed: singular to round-off"
-    elif np.isnan(values).any():
-        words += "; crossed: not known"
+def _heat_map(file: str, rows: dict[str, Numbers], step: Numbers, title: str, log: bool) -> Picture:
+    names, whole = list(rows), np.array(list(rows.values()))
+    there = np.isfinite(whole).any(axis=0)  # the last row of a start that was stopped may have no figures of layers
+    values, last = _in_columns(whole[:, there], step[there])
+    crossed = "not known"
+    if file.startswith("condition"):
+        values, crossed = np.where(values > ROUND_OFF, np.nan, values), "singular to round-off"
+    xlabel = f"steps; crossed: {crossed}" if np.isnan(values).any() else "steps"
     known = values[np.isfinite(values) & ((values > 0) | (not log))]
 
     def paint(axes: Any) -> None:
         from matplotlib.colors import LogNorm, Normalize
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
         low, high = (float(known.min()), float(known.max())) if len(known) else (1.0, 1.0)
-        log_scale = log and high > low > 0
+        log_scale = log and high > 10 * low > 0
         norm = LogNorm(low, high) if log_scale else Normalize(low, high if high > low else low + 1.0)
         edges = np.concatenate([[0.0], last])
         axes.patch.set(hatch="xx", facecolor="white", edgecolor="#999999")
         mesh = axes.pcolormesh(
             edges, np.arange(len(names) + 1), np.ma.masked_invalid(values), norm=norm, cmap="cividis"
         )
-        axes.figure.colorbar(mesh, ax=axes, pad=0.02, label=words)
+        numbers = FuncFormatter(lambda value, _: f"{value:.3g}")
+        ticks = LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)) if log_scale else None
+        bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, format=numbers, ticks=ticks)
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
         axes.invert_yaxis()
         every = -(-len(names) // MOST_NAMES)
         axes.set_yticks(np.arange(len(names))[::every] + 0.5, names[::every], fontsize=9 if len(names) <= 30 else 6)
-        axes.set_xlabel("steps")
+        axes.set_xlabel(xlabel)
         axes.grid(visible=False)
         if len(last) <= WRITTEN and len(names) <= 24:
             _write(axes, values, edges, norm)
@@ -108,24 +112,24 @@ def _in_columns(values: Numbers, step: Numbers) -> tuple[Numbers, Numbers]:
 
 
 def spectrum(history: History, spectra: Spectra) -> Picture | None:
-    """Eigenvalues by number, the largest first, of the chosen factors; None without any."""
+    """Eigenvalues of the chosen factors, the largest first; None without any."""
     if not spectra.values:
         return None
 
     def paint(axes: Any) -> None:
         ends = []
         for number, (name, values) in enumerate(spectra.values.items()):
-            positive = values[values > 0]
-            if not len(positive):
+            positive = np.where(values > 0, values, np.nan)
+            if not np.isfinite(positive).any():
                 continue
             color = COLORS[number % len(COLORS)]
-            places = np.arange(1, len(positive) + 1)
+            places = np.arange(1, len(positive) + 1) / len(positive)
             axes.plot(
                 places, positive, color=color, linestyle=LINES[number % len(LINES)], linewidth=1.4,
                 marker=MARKERS[number % len(MARKERS)], markersize=4, markevery=max(1, len(places) // 8),
             )  # fmt: skip
-            ends.append((name, (float(places[-1]), float(positive[-1])), color))
-        axes.set(xscale="log", yscale="log", xlabel="number of the eigenvalue, the largest first", ylabel="eigenvalue")
+            ends.append((name, (1.0, float(np.nanmin(positive))), color))
+        axes.set(yscale="log", xlabel="share of the eigenvalues, the largest first", ylabel="eigenvalue")
         largest = max(float(values[0]) for values in spectra.values.values())
         smallest = min(float(values[values > 0].min()) for values in spectra.values.values() if (values > 0).any())
         axes.set_ylim(max(smallest / 2, 1e-12 * largest), 2 * largest)

@@ -21,9 +21,9 @@ figure { margin: 0; }
 img { width: 100%; height: auto; display: block; }
 details { font-size: .875rem; color: #333; overflow-wrap: anywhere; }
 summary { cursor: pointer; padding: .25rem 0; }
-.table { overflow-x: auto; }
+.table { overflow-x: auto; margin: .5rem 0; }
 table { border-collapse: collapse; font-size: .9rem; }
-th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #ccc; vertical-align: top; }
+th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #ccc; white-space: nowrap; }
 .note { color: #333; font-size: .9rem; }
 """
 
@@ -35,8 +35,8 @@ class Section:
     Attributes:
         title: its heading.
         pictures: side by side where there is room.
-        table: rows of words, the head first; none for no table.
-        notes: sentences below.
+        table: rows of words below them, the head first; none for no table.
+        notes: sentences below that.
     """
 
     title: str
@@ -65,9 +65,11 @@ def page(title: str, head: Section, sections: Sequence[Section], reload: int | N
 
 
 def _body(section: Section) -> str:
-    parts = [_table(section.table)] if section.table else []
+    parts = []
     if section.pictures:
         parts.append('<div class="pictures">\n' + "\n".join(map(_figure, section.pictures)) + "\n</div>")
+    if section.table:
+        parts.append(_table(section.table))
     parts += [f'<p class="note">{escape(note)}</p>' for note in section.notes]
     return "\n".join(parts)
 

@@ -54,12 +54,15 @@ def phase_stack(history: History) -> Picture | None:
         axes.set_xlim(edges[0], edges[-1])
         mark(axes, [history], "step")
         handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], labels[::-1], fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=0)
+        axes.legend(
+            handles[::-1], labels[::-1], fontsize=8.5, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.16),
+            frameon=False, handleheight=1.2,
+        )  # fmt: skip
 
     per_step = {name: float(np.nansum(column)) / max(float(steps.sum()), 1.0) for name, column in means.items()}
     parts = ", ".join(f"{_words(name)} {1e3 * value:.3g}" for name, value in _by_size(per_step) if value > 0)
     alt = f"Stacked milliseconds a step by phase, mean over ranks, against steps. Over the run: {parts}."
-    return draw(f"phases_{history.label}", "Time of a step by phase", alt + marks_in_words([history]), paint)
+    return draw(f"phases_{history.label}", "Time of a step by phase", alt + marks_in_words([history]), paint, 4.6)
 
 
 def phase_spread(history: History) -> Picture | None:
@@ -104,7 +107,7 @@ def _against_steps(
             end = curve(axes, history.train["step"], column, linewidth=1.4, **look)
             ends.append((history.label if len(histories) > 1 else "", end, look["color"]))
         axes.set(xlabel=AXES["step"], ylabel=ylabel)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(float(np.nanmax(column)) for _, _, column in there) or 1.0)
         axes.yaxis.set_major_formatter(EngFormatter("B"))
         axes.margins(x=0.01)
         mark(axes, histories, "step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import time
@@ -75,8 +76,14 @@ def over_ranks(own: Mapping[str, Mapping[str, float]], ranks: Ranks) -> dict[str
         table[group] = {}
         for name in names:
             values = [one[group].get(name, 0) for one in everyone]
-            table[group][name] = {"min": min(values), "mean": statistics.fmean(values), "max": max(values)}
+            spread = {"min": min(values), "mean": statistics.fmean(values), "max": max(values)}
+            table[group][name] = {figure: short(value) for figure, value in spread.items()}
     return table
+
+
+def short(value: float) -> float:
+    """A number to 6 digits. Rows have many, and more digits would only make them long."""
+    return float(f"{value:.6g}") if math.isfinite(value) else value
 
 
 def memory(device: torch.device) -> dict[str, int]:
@@ -228,9 +235,9 @@ class Strength:
             "kl_scale": report.kl_scale,
             "damping": report.damping,
             "cosine": median,
-            "layer_cosine": cosine,
-            "layer_curvature_share": {name: layer.curvature_share for name, layer in report.layers.items()},
-            "layer_update": {name: layer.update for name, layer in report.layers.items()},
+            "layer_cosine": {name: short(value) for name, value in cosine.items()},
+            "layer_curvature_share": {name: short(layer.curvature_share) for name, layer in report.layers.items()},
+            "layer_update": {name: short(layer.update) for name, layer in report.layers.items()},
             "layer_staleness": {name: layer.staleness for name, layer in report.layers.items()},
         }
 
