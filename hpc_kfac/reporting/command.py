@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import time
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,18 @@ def _words(arguments: list[str]) -> Any:
 
 def _follow(given: Any, metrics: list[Metrics], out: Path) -> list[History]:
     """Writes the report again whenever there is something new, until no run goes on or the user stops it."""
-    live = True
+    stopped = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())  # what is being written is written to its end
     try:
-        while live:
-            live = any(found.state in LIVE for found in status.look(given.runs))
+        while True:
+            live = not stopped.is_set() and any(found.state in LIVE for found in status.look(given.runs))
             if any([one.poll() for one in metrics]) or not live:
                 histories = _write(given, metrics, out, WATCH_SECONDS if live else None)
-            if live:
-                time.sleep(WATCH_SECONDS)
-    except KeyboardInterrupt:
-        print("\nStopped.", flush=True)
-        histories = _write(given, metrics, out)
-    return histories
+            if not live:
+                return histories
+            stopped.wait(WATCH_SECONDS)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _write(given: Any, metrics: list[Metrics], out: Path, reload: int | None = None) -> list[History]:

@@ -121,13 +121,14 @@ def label_ends(axes: Any, ends: Sequence[tuple[str, tuple[float, float] | None, 
         axes: with the curves drawn and scales and limits set.
         ends: name, end (x, y) in data, colour.
     """
+    axes.autoscale_view()  # else the limits are worked out later than they are used here
     to_axes = axes.transData + axes.transAxes.inverted()
     places: dict[int, list[tuple[float, float, str, str]]] = {}
     for name, end, color in ends:
         if end is not None:
             x, y = (float(value) for value in to_axes.transform(end))
-            column = round(10 * x)
-            x = 1.0 if column == 10 else x
+            column = min(max(round(10 * x), 0), 10)
+            x = 1.0 if column >= 10 else x
             places.setdefault(column, []).append((min(max(y, 0.0), 1.0), x, name, color))
     for group in places.values():
         heights: list[float] = []
