@@ -92,8 +92,6 @@ def _write(given: Any, metrics: list[Metrics], out: Path, reload: int | None = N
     for run in histories:
         sections.append(_own(run, read_spectra(run.folder, given.spectrum), len(histories) > 1))
     pictures = [picture for section in sections for picture in section.pictures]
-    for stale in {path.name for path in out.glob("*.png")} - {f"{picture.name}.png" for picture in pictures}:
-        (out / stale).unlink()
     for picture in pictures:
         _replace(out / f"{picture.name}.png", picture)
     title = f"{histories[0].name}" if len(histories) == 1 else f"{len(histories)} runs"
@@ -151,7 +149,8 @@ def _shared(histories: list[History]) -> list[Section]:
         if picture is not None:
             use.pictures.append(picture)
         else:
-            use.notes.append(f"{words}: not recorded.")
+            alone = words == "Traffic" and all(run.facts.get("ranks") == 1 for run in histories)
+            use.notes.append(f"{words}: {'none, with one rank' if alone else 'not recorded'}.")
     return [progress, controls, use]
 
 
@@ -162,7 +161,7 @@ def _own(run: History, spectra: Spectra, several: bool) -> Section:
     drawn = (
         (stacks.phase_stack(run), "Time by phase: not recorded."),
         (stacks.phase_spread(run), None),
-        (stacks.traffic_spread(run), "Traffic by operation: none was recorded; one rank alone has none."),
+        (stacks.traffic_spread(run), None),
         (factors.spectrum(run, spectra), None),
     )
     for picture, words in drawn:
