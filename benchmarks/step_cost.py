@@ -1,9 +1,10 @@
-"""What second order adds to a step: ResNet-20 on Fashion-MNIST, 128 samples a rank, against SGD through Horovod.
+"""What second order adds to a step on Fashion-MNIST, against SGD through Horovod.
 
 All contenders train copies of one model in one job, in turns of ten steps, so that whatever else the machine does meets
 all alike. Ratios are of seconds over equal numbers of steps; a step is over when the slowest rank is.
 
-    mpirun -n 2 python -m mpi4py benchmarks/step_cost.py --out logs/step_cost.json
+    mpirun -n 2 python -m mpi4py benchmarks/step_cost.py resnet20 --out logs/step_cost.json
+    mpirun -n 2 python -m mpi4py benchmarks/step_cost.py cnn --steps 500
 """
 
 from __future__ import annotations
@@ -28,25 +29,48 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hpc_kfac as hk
+from hpc_kfac.methods.mkor import MKOR
 from hpc_kfac.training.launch import keep_freed_memory
 from hpc_kfac.training.tasks import fashion
 
-BATCH, TURN, PERIOD = 128, 10, 100
+TURN, PERIOD = 10, 100
+BATCH = {"resnet20": 128, "cnn": 125}
+KFAC = hk.KFAC(damping=0.03, solver="cholesky")
 
-CONTENDERS: dict[str, dict[str, Any]] = {
-    "SGD": {},
-    "K-FAC, empirical, 10 / 100": {"schedule": hk.Schedule(10, 100)},
-    "K-FAC, empirical, 1 / 10": {"schedule": hk.Schedule(1, 10)},
-    "K-FAC, sampled, 10 / 100": {"schedule": hk.Schedule(10, 100), "fisher": "sampled"},
-    "K-FAC, sampled, 1 / 10": {"schedule": hk.Schedule(1, 10), "fisher": "sampled"},
-    "K-FAC, empirical, 10 / 100, spread 10": {"schedule": hk.Schedule(10, 100, spread=10)},
-    "K-FAC, empirical, 10 / 100, lag 5": {"schedule": hk.Schedule(10, 100, lag=5)},
+
+def kfac(statistics: int, refresh: int, **settings: Any) -> dict[str, Any]:
+    return {"method": KFAC, "schedule": hk.Schedule(statistics, refresh), **settings}
+
+
+def rank_one(method: hk.Method, every: int) -> dict[str, Any]:
+    """As published: one scale for all layers, and the optimizer's momentum."""
+    return {"method": method, "schedule": hk.Schedule(every, every), "step_control": hk.KLClip(1e-3)}
+
+
+CONTENDERS: dict[str, dict[str, dict[str, Any]]] = {
+    "resnet20": {
+        "SGD": {},
+        "K-FAC, empirical, 10 / 100": kfac(10, 100),
+        "K-FAC, empirical, 1 / 10": kfac(1, 10),
+        "K-FAC, sampled, 10 / 100": kfac(10, 100, fisher="sampled"),
+        "K-FAC, sampled, 1 / 10": kfac(1, 10, fisher="sampled"),
+        "K-FAC, empirical, 10 / 100, spread 10": {**kfac(10, 100), "schedule": hk.Schedule(10, 100, spread=10)},
+        "K-FAC, empirical, 10 / 100, lag 5": {**kfac(10, 100), "schedule": hk.Schedule(10, 100, lag=5)},
+    },
+    "cnn": {
+        "SGD": {},
+        "Eva, every step": rank_one(hk.Eva(), 1),
+        "Eva, every 10 steps": rank_one(hk.Eva(), 10),
+        "MKOR, every step": rank_one(MKOR(), 1),
+        "MKOR, every 10 steps": rank_one(MKOR(), 10),
+    },
 }
 LIMITS = {
     "K-FAC, empirical, 10 / 100": 1.08,
     "K-FAC, empirical, 1 / 10": 1.6,
     "K-FAC, sampled, 10 / 100": 1.15,
     "K-FAC, sampled, 1 / 10": 2.3,
+    **dict.fromkeys(("Eva, every step", "Eva, every 10 steps", "MKOR, every step", "MKOR, every 10 steps"), 1.05),
 }
 """Wanted: mean step over that of SGD."""
 
@@ -76,7 +100,6 @@ def make(name: str, settings: dict[str, Any], model: nn.Module, moments: torch.d
         preconditioner = hk.Preconditioner(
             model,
             optimizer,
-            method=hk.KFAC(damping=0.03, solver="cholesky"),
             precision=hk.Precision(moments=moments),
             comm=MPI.COMM_WORLD,
             **settings,
@@ -108,15 +131,17 @@ def timed(contender: Contender, batch: tuple[Tensor, Tensor]) -> float:
 
 def measure(arguments: argparse.Namespace) -> list[Contender]:
     comm = MPI.COMM_WORLD
-    task = fashion(model="resnet20", seed=0)
+    task, batch = fashion(model=arguments.task, seed=0), BATCH[arguments.task]
     moments = torch.bfloat16 if arguments.moments == "bf16" else None
-    chosen = {n: s for n, s in CONTENDERS.items() if n == "SGD" or not arguments.only or n in arguments.only}
+    chosen = {
+        n: s for n, s in CONTENDERS[arguments.task].items() if n == "SGD" or not arguments.only or n in arguments.only
+    }
     contenders = [make(n, s, copy.deepcopy(task.model).train(), moments) for n, s in chosen.items()]
     generator = torch.Generator().manual_seed(comm.rank)
-    batches = [task.train.fetch(torch.randint(60000, (BATCH,), generator=generator)) for _ in range(8)]
+    batches = [task.train.fetch(torch.randint(60000, (batch,), generator=generator)) for _ in range(8)]
     for contender in contenders:  # the first step, which measures kernels and fills buffers
-        for batch in batches[:2]:
-            contender.step(*batch)
+        for samples in batches[:2]:
+            contender.step(*samples)
         if contender.preconditioner is not None:
             contender.preconditioner.steps = 0  # so that turns and intervals fit
             contender.preconditioner.load_state_dict(contender.preconditioner.state_dict())
@@ -151,6 +176,7 @@ def table(contenders: list[Contender]) -> tuple[str, list[dict[str, Any]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("task", choices=list(CONTENDERS), nargs="?", default="resnet20")
     parser.add_argument("--steps", type=int, default=100, help="measured steps of every contender, a multiple of 100")
     parser.add_argument("--moments", choices=["fp32", "bf16"], default="bf16", help="rows multiplied into factors")
     parser.add_argument("--only", nargs="*", help="contenders beside SGD")
@@ -162,7 +188,8 @@ def main() -> None:
     contenders = measure(arguments)
     if MPI.COMM_WORLD.rank == 0:
         text, rows = table(contenders)
-        print(f"{MPI.COMM_WORLD.size} rank(s), batch {BATCH} a rank, moments {arguments.moments}\n\n{text}")
+        where = f"{arguments.task}, {MPI.COMM_WORLD.size} rank(s), batch {BATCH[arguments.task]} a rank"
+        print(f"{where}, moments {arguments.moments}\n\n{text}")
         if arguments.out:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps({"ranks": MPI.COMM_WORLD.size, "rows": rows}, indent=1))

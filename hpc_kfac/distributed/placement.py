@@ -118,7 +118,8 @@ class Kaisa:
 
     Args:
         grad_worker_fraction: share of the ranks that precondition a layer: 1 (COMM-OPT), 1/p or 0 (MEM-OPT: one rank),
-            or between; fraction times p must be a divisor of p.
+            or between; fraction times p must be a divisor of p. None is 0, and 1 where helpers, all_local or factors
+            apart are of use only to several.
         colocate: false lets different ranks of a group decompose the factors of one layer.
         factors: "all" averages running factors over all ranks; "owner" reduces them to the layer's owner alone, so
             that they exist once; "local" takes the owner's samples only, without factor traffic (Zhang et al. 2022).
@@ -131,7 +132,7 @@ class Kaisa:
         ValueError: a value out of its range, or settings that exclude each other.
     """
 
-    grad_worker_fraction: float = 1.0
+    grad_worker_fraction: float | None = None
     colocate: bool = True
     factors: Literal["all", "owner", "local"] = "all"
     helpers: int = 0
@@ -139,7 +140,10 @@ class Kaisa:
     costs: Literal["declared", "measured"] = "declared"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.grad_worker_fraction <= 1.0:
+        if self.grad_worker_fraction is None:
+            several = self.helpers > 0 or self.all_local is not None or not self.colocate
+            object.__setattr__(self, "grad_worker_fraction", float(several))
+        if not 0.0 <= self.fraction <= 1.0:
             raise ValueError(f"grad_worker_fraction is {self.grad_worker_fraction}; give a number from 0 to 1")
         if self.factors not in ("all", "owner", "local"):
             raise ValueError(f"factors is {self.factors!r}; give one of 'all', 'owner', 'local'")
@@ -151,7 +155,7 @@ class Kaisa:
             raise ValueError(f"helpers is {self.helpers}; give a number of ranks, 0 or more")
         if self.factors != "all" and not self.colocate:
             raise ValueError(f"factors={self.factors!r} keeps a layer's factors on one rank; set colocate=True")
-        if self.helpers and self.grad_worker_fraction != 1.0:
+        if self.helpers and self.fraction != 1.0:
             raise ValueError(
                 f"helpers={self.helpers} serve every trainer alike, but grad_worker_fraction is "
                 f"{self.grad_worker_fraction}; set it to 1"
@@ -161,6 +165,12 @@ class Kaisa:
         if self.all_local and (self.helpers or self.factors != "all"):
             other = f"helpers={self.helpers}" if self.helpers else f"factors={self.factors!r}"
             raise ValueError(f"all_local needs the factors on every rank that decomposes; drop it or {other}")
+
+    @property
+    def fraction(self) -> float:
+        """The share of the ranks that precondition a layer, None worked out."""
+        assert self.grad_worker_fraction is not None
+        return self.grad_worker_fraction
 
     def assign(self, costs: Mapping[Unit, UnitCost], ranks: int) -> Assignment:
         """Places layers on ranks. Deterministic: equal on all ranks without communication.
@@ -258,7 +268,7 @@ class Kaisa:
         return self.all_local.computes_faster(cost)
 
     def _workers(self, ranks: int) -> int:
-        wanted = max(1.0, self.grad_worker_fraction * ranks)
+        wanted = max(1.0, self.fraction * ranks)
         workers = round(wanted)
         if abs(wanted - workers) > 1e-3 * ranks or ranks % workers:
             valid = ", ".join(f"{d}/{ranks}={d / ranks:.4g}" for d in range(1, ranks + 1) if ranks % d == 0)

@@ -1,0 +1,141 @@
+"""All methods of this package beside SGD, AdamW and Muon: one table and one picture out of what `bench` has measured.
+
+    for task in digits autoencoder cnn char_gpt; do
+        mpirun -n 2 python -m mpi4py -m hpc_kfac bench $task --store logs/methods \\
+            --contenders kfac,kfac_defaults,family,sgd,adamw,muon
+    done
+    python benchmarks/methods.py --out docs/methods-compared.png
+
+Every layer's step has one length for all methods, so that only the direction counts. The target of a task is what its
+last reference reaches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import hpc_kfac as hk
+from hpc_kfac.bench.contenders import ours
+from hpc_kfac.bench.tasks import TASKS
+
+NAMES = ("digits", "autoencoder", "cnn", "char_gpt")
+MARKS = "osD^"
+OTHERS = {"kfac": "K-FAC, tuned for the task", "kfac_defaults": "K-FAC, defaults"}
+
+Row = dict[str, Any]
+
+
+def load(store: Path, ranks: int) -> dict[str, dict[str, Any]]:
+    """The reports that are there, by task."""
+    paths = {name: store / f"{name}-{ranks}.json" for name in NAMES}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def rows(report: dict[str, Any]) -> dict[str, Row]:
+    """By contender, for the task's last target."""
+    return {row["contender"]: row for row in report["targets"][-1]["rows"]}
+
+
+def state_bytes(task: str, contender: str, row: Row) -> int | None:
+    """Curvature state of one process, after a refresh; None for what is not ours."""
+    if not contender.startswith("our_"):
+        return None
+    model = TASKS[task].make(0, None).model
+    method = hk.METHODS[contender.removeprefix("our_")]
+    optimizer, components = ours(method, model, **{**row["settings"], "control": "fixed_norm", "momentum": 0.0})
+    held = hk.Preconditioner(model, optimizer, **components).memory()
+    return sum(sum(roles.values()) for roles in held.values())
+
+
+def cell(row: Row | None) -> str:
+    if row is None or row["seeds"] is None:
+        return "-"
+    if row["seconds"] is None:
+        return f"no: {row['end'][0]:.3g}" if row["end"] else "diverged"
+    missed = row["seeds"] - row["reached"]
+    return f"{row['seconds'][0]:.3g} s, {row['steps'][0]:.0f}" + (
+        f" ({row['reached']}/{row['seeds']})" if missed else ""
+    )
+
+
+def standing(contender: str, tables: dict[str, dict[str, Row]]) -> float:
+    """Mean over tasks of log(seconds over the fastest one's); what was not reached counts as four times as many."""
+    logs = []
+    for found in tables.values():
+        best = min(row["seconds"][0] for row in found.values() if row["seconds"])
+        row = found.get(contender)
+        logs.append(math.log(row["seconds"][0] / best) if row and row["seconds"] else math.log(4))
+    return statistics.fmean(logs)
+
+
+def table(reports: dict[str, dict[str, Any]]) -> str:
+    tables = {task: rows(report) for task, report in reports.items()}
+    order = sorted({name for found in tables.values() for name in found}, key=lambda name: standing(name, tables))
+    heads = [f"{task}: {report['figure']} {report['targets'][-1]['figure']:.3g}" for task, report in reports.items()]
+    lines = [f"| method | {' | '.join(heads)} | ms a step | state, kB | traffic, kB |", "|" + "---|" * (len(heads) + 4)]
+    last = list(reports)[-1]
+    for name in order:
+        row = tables[last].get(name)
+        cells = [cell(found.get(name)) for found in tables.values()]
+        state = state_bytes(last, name, row) if row and row["settings"] is not None else None
+        sent = None if row is None or row["other_bytes"] is None else row["other_bytes"] + row["gradient_bytes"]
+        ms = f"{row['ms_per_step'][0]:.0f}" if row and row["ms_per_step"] else "-"
+        figures = [ms, *("-" if value is None else f"{value / 1e3:.0f}" for value in (state, sent))]
+        lines.append(f"| {label(name)} | " + " | ".join(cells + figures) + " |")
+    return "\n".join(lines)
+
+
+def label(name: str) -> str:
+    return OTHERS.get(name, name.removeprefix("our_"))
+
+
+def picture(reports: dict[str, dict[str, Any]], path: Path) -> None:
+    """Seconds to the target over those of the fastest; open marks at the right edge: not reached."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tables = {task: rows(report) for task, report in reports.items()}
+    order = sorted({name for found in tables.values() for name in found}, key=lambda n: -standing(n, tables))
+    figure, axes = pyplot.subplots(figsize=(8, 0.3 * len(order) + 1.4), layout="constrained")
+    edge = 8.0
+    for mark, shift, (task, found) in zip(MARKS, (0.21, 0.07, -0.07, -0.21), tables.items(), strict=False):
+        best = min(row["seconds"][0] for row in found.values() if row["seconds"])
+        there = {n: row["seconds"][0] / best for n, row in found.items() if row["seconds"]}
+        color = axes.plot(list(there.values()), [order.index(n) + shift for n in there], mark, label=task, ms=5)[
+            0
+        ].get_color()
+        missed = [n for n in found if n not in there]
+        axes.plot([edge] * len(missed), [order.index(n) + shift for n in missed], mark, mfc="none", mec=color, ms=5)
+    axes.set_xscale("log")
+    axes.set_xticks([1, 2, 3, 5, edge], ["1", "2", "3", "5", "not\nreached"])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(order)), [label(name) for name in order])
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("seconds to the task's target, over the fastest; median of three seeds")
+    axes.legend(loc="lower right", bbox_to_anchor=(0.93, 0.0))
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--store", type=Path, default=Path("logs/methods"), help="folder of reports")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="PNG file")
+    given = parser.parse_args()
+    reports = load(given.store, given.ranks)
+    if not reports:
+        parser.error(f"{given.store} has no report of {given.ranks} ranks; run `hpc-kfac bench` first")
+    print(table(reports))
+    if given.out:
+        picture(reports, given.out)
+
+
+if __name__ == "__main__":
+    main()
