@@ -70,7 +70,8 @@ class Loop:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.run_settings.autocast)
         self.autocast = torch.autocast(setup.device.type, dtype=dtype, enabled=dtype is not None)
         self.scaler = torch.amp.GradScaler(setup.device.type, enabled=dtype is torch.float16)
-        self.clock, self.strength, self.interval = Clock(setup.preconditioner.timeline), Strength(), Interval()
+        self.clock = Clock(setup.preconditioner.timeline, setup.preconditioner.timings)
+        self.strength, self.interval = Strength(), Interval()
         self.usage = Usage(self.clock, setup.preconditioner, self._allreduced(), setup.device)
         self.progress = Progress()
         self.last_good = "no step yet"

@@ -41,18 +41,22 @@ class Clock:
 
     Args:
         timeline: gets the phases, too.
+        inner: seconds by phase that another counts. What it counts within a phase here is no time of that phase:
+            statistics are taken in the middle of the backward pass.
     """
 
-    def __init__(self, timeline: Timeline | None = None) -> None:
+    def __init__(self, timeline: Timeline | None = None, inner: Mapping[str, float] | None = None) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._timeline = timeline or Timeline()
+        self._inner = inner if inner is not None else {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time spent in the block."""
-        start = time.perf_counter()
+        start, before = time.perf_counter(), sum(self._inner.values())
         with timed(self.seconds, name):
             yield
+        self.seconds[name] -= sum(self._inner.values()) - before
         self._timeline.span(name, "trainer", start, time.perf_counter())
 
     def take(self) -> dict[str, float]:
@@ -137,18 +141,22 @@ def factor_figures(preconditioner: Preconditioner | FirstOrder, ranks: Ranks) ->
     Returns:
         ``{"factors": {"condition": {"layer A": ...}, ...}}``; empty without factors.
     """
+    if not isinstance(preconditioner, Preconditioner):
+        return {}
+    layers = preconditioner.capture.layers
     found: dict[str, dict[str, float]] = {}
-    if isinstance(preconditioner, Preconditioner):
-        mine = [name for name, rank in preconditioner.assignment.owner.items() if rank == preconditioner.comm.rank]
-        for layer in mine:
-            specs = preconditioner.method.state(preconditioner.capture.layers[layer].shape)
-            running = preconditioner.states[layer].running
-            for spec in specs:
-                if spec.role == "running" and spec.symmetric and spec.name in running:
-                    values = spectrum.eigenvalues(running[spec.name])
-                    if values is not None:
-                        found[f"{layer} {spec.name}"] = spectrum.figures(values)
+    for layer, owner in preconditioner.assignment.owner.items():
+        if owner != preconditioner.comm.rank:
+            continue
+        running = preconditioner.states[layer].running
+        for spec in preconditioner.method.state(layers[layer].shape):
+            if spec.role == "running" and spec.symmetric and spec.name in running:
+                values = spectrum.eigenvalues(running[spec.name])
+                if values is not None:
+                    found[f"{layer} {spec.name}"] = spectrum.figures(values)
     everyone = {name: numbers for part in ranks.gather(found) for name, numbers in part.items()}
+    place = {layer: number for number, layer in enumerate(layers)}  # the model's order, whoever owns a layer
+    everyone = dict(sorted(everyone.items(), key=lambda entry: place[entry[0].rpartition(" ")[0]]))
     names = dict.fromkeys(figure for numbers in everyone.values() for figure in numbers)
     table = {figure: {name: numbers[figure] for name, numbers in everyone.items()} for figure in names}
     return {"factors": table} if table else {}

@@ -116,6 +116,16 @@ def test_a_report_of_a_run(one: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "could not be read" not in page.text and "not recorded" not in page.text
 
 
+def test_phases_of_a_row_are_no_longer_than_its_steps(trained: Path) -> None:
+    metrics = Metrics(trained / "metrics.jsonl")
+    metrics.poll()
+    train = history(trained, metrics, "A").train
+    phases = sum(column for name, column in train.items() if name.startswith("phases/") and name.endswith("/mean"))
+    whole = train["steps"] * train["step_seconds"]
+    assert (train["phases/statistics/mean"] > 0).any() and (phases > 0.3 * whole).all()
+    assert (phases < 1.001 * whole).all(), "statistics are taken in the middle of the backward pass"
+
+
 def test_the_spectrum_is_that_of_the_newest_checkpoint(trained: Path) -> None:
     (newest, *_) = checkpoint.sets.list_sets(trained / "checkpoints")
     saved = checkpoint.open_set(newest, hk.distributed.communicator(None))
