@@ -7,19 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_kfac.reporting.drawing import (
-    COLORS,
-    LINES,
-    MARKERS,
-    Picture,
-    curve,
-    draw,
-    label_ends,
-    log_if_wide,
-    mark,
-    marks_in_words,
-    style,
-)
+from hpc_kfac.reporting.drawing import Picture, curve, draw, log_if_wide, mark, markers, marks_in_words, style
 from hpc_kfac.reporting.history import AXES, History
 from hpc_kfac.reporting.rows import Numbers
 
@@ -67,32 +55,21 @@ def ending(columns: dict[str, Numbers], name: str) -> str:
 
 def _progress(histories: Sequence[History], words: str, training: str, test: str, axis: str) -> Picture:
     def paint(axes: Any) -> None:
-        ends, seen = [], []
+        seen = []
         for number, history in enumerate(histories):
-            whose = f"{history.label} " if len(histories) > 1 else ""
-            color, line = COLORS[number % len(COLORS)], LINES[number % len(LINES)]
+            whose, look = f"{history.label} " if len(histories) > 1 else "", style(number)
             if known(history.train, training):
                 seen.append(history.train[training])
-                end = curve(axes, history.train[axis], seen[-1], color=color, linestyle=line, linewidth=1)
-                ends.append((f"{whose}train", end, color))
+                curve(axes, history.train[axis], seen[-1], label=f"{whose}train", linewidth=1, **look)
             if known(history.evaluation, test):
                 seen.append(history.evaluation[test])
-                look = {
-                    "color": color,
-                    "linestyle": line,
-                    "linewidth": 1.7,
-                    "markersize": 5,
-                    "markerfacecolor": "white",
-                }
-                marker = MARKERS[number % len(MARKERS)] if len(seen[-1]) <= 40 else None
-                end = curve(axes, history.evaluation[axis], seen[-1], marker=marker, **look)
-                ends.append((f"{whose}test", end, color))
+                look |= {"linewidth": 1.7, "markerfacecolor": "white", **markers(number, len(seen[-1]))}
+                curve(axes, history.evaluation[axis], seen[-1], label=f"{whose}test", **look)
         if words != "accuracy":
             log_if_wide(axes, seen, 5.0)
         axes.set(xlabel=AXES[axis], ylabel=words)
         axes.margins(x=0.01)
         mark(axes, histories, axis)
-        label_ends(axes, ends)
 
     last = "; ".join(
         f"run {h.label} ends at {ending(h.train, training)} in training and {ending(h.evaluation, test)} in test"
@@ -104,19 +81,17 @@ def _progress(histories: Sequence[History], words: str, training: str, test: str
 
 def _control(histories: Sequence[History], name: str, words: str) -> Picture:
     def paint(axes: Any) -> None:
-        ends, seen = [], []
+        seen = []
         for number, history in enumerate(histories):
             if known(history.train, name):
-                look = style(number)
                 seen.append(history.train[name])
-                end = curve(axes, history.train["step"], seen[-1], linewidth=1.4, **look)
-                ends.append((history.label if len(histories) > 1 else "", end, look["color"]))
+                label = history.label if len(histories) > 1 else None
+                curve(axes, history.train["step"], seen[-1], label=label, linewidth=1.4, **style(number))
         if name != "lr":
             log_if_wide(axes, seen)
         axes.set(xlabel=AXES["step"], ylabel=words)
         axes.margins(x=0.01)
         mark(axes, histories, "step")
-        label_ends(axes, ends)
 
     ranges = []
     for history in histories:

@@ -1,4 +1,4 @@
-"""What all pictures share: size, line styles that need no colour, labels at the ends of curves, marks on the axis."""
+"""What all pictures share: size, line styles that need no colour, a legend, marks on the axis."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E6
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)), (0, (3, 1, 1, 1)))
 MARKERS = "os^Dv*Px"
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "---", "|||", "+++", "**", "//..", "xx--")
-END_GAP = 0.065
-"""Least distance of two labels, by the height of the axes."""
+GAP = 0.06
+"""Inches between what is drawn and the rim."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ def need_matplotlib() -> None:
 
 
 def draw(name: str, title: str, alt: str, paint: Callable[[Any], None], height: float = HEIGHT) -> Picture:
-    """Draws one picture.
+    """Draws one picture, with a legend below it of what has a label.
 
     Args:
         name: of its file.
@@ -67,21 +67,57 @@ def draw(name: str, title: str, alt: str, paint: Callable[[Any], None], height: 
         paint: is given the axes.
         height: inches.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure((WIDTH, height), DPI)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     paint(axes)
     axes.set_title(title, loc="left")
+    _fit(axes, _legend_height(axes, canvas.get_renderer()), canvas.get_renderer())
     image = io.BytesIO()
-    figure.savefig(image, dpi=DPI, format="png")
+    canvas.print_png(image)
     return Picture(name, title, alt, image.getvalue())
+
+
+def _legend_height(axes: Any, renderer: Any) -> float:
+    """Draws a legend at the foot of the figure; its height in dots, 0 without any."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return 0.0
+    columns = max(1, min(len(labels), 66 // (8 + max(map(len, labels)))))
+    legend = axes.figure.legend(
+        handles, labels, ncols=columns, loc="lower center", fontsize=9, frameon=False, handlelength=3.2,
+        columnspacing=1.2, borderaxespad=0.1,
+    )  # fmt: skip
+    return float(legend.get_window_extent(renderer).height)
+
+
+def _fit(axes: Any, below: float, renderer: Any) -> None:
+    """Gives axes all of the figure but what their own labels need and so many dots below them.
+
+    matplotlib's layouts do this, too, and take longer for it than for the drawing.
+    """
+    frame, whole = axes.get_window_extent(renderer), axes.get_tightbbox(renderer)
+    width, height = axes.figure.canvas.get_width_height()
+    gap = GAP * DPI
+    left, right = frame.x0 - whole.x0 + gap, whole.x1 - frame.x1 + gap
+    bottom, top = frame.y0 - whole.y0 + gap + below, whole.y1 - frame.y1 + gap
+    axes.set_position((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
 
 
 def style(number: int) -> dict[str, Any]:
     """Colour and line of the curve of this number; no two are alike in both."""
     turn, place = divmod(number, len(LINES))
     return {"color": COLORS[(place + turn) % len(COLORS)], "linestyle": LINES[place]}
+
+
+def markers(number: int, points: int) -> dict[str, Any]:
+    """Marks on a curve of so many points; together with the line, no two curves are alike without colour."""
+    turn, place = divmod(number, len(MARKERS))
+    every = max(1, min(points, 2 * BINS) // 10)
+    return {"marker": MARKERS[(place + turn) % len(MARKERS)], "markersize": 4.5, "markevery": every}
 
 
 def envelope(x: Numbers, y: Numbers, bins: int = BINS) -> tuple[Numbers, Numbers, Numbers, Numbers]:
@@ -103,40 +139,12 @@ def envelope(x: Numbers, y: Numbers, bins: int = BINS) -> tuple[Numbers, Numbers
     return mean_x, mean_y, np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
 
 
-def curve(axes: Any, x: Numbers, y: Numbers, **look: Any) -> tuple[float, float] | None:
-    """Draws a curve, with the range in each bin behind it if it is a long one; returns its end."""
+def curve(axes: Any, x: Numbers, y: Numbers, **look: Any) -> None:
+    """Draws a curve, with the range in each bin behind it if it is a long one."""
     x, y, low, high = envelope(x, y)
-    if not len(x):
-        return None
     axes.plot(x, y, **look)
     if low is not y:
         axes.fill_between(x, low, high, color=look.get("color"), alpha=0.15, linewidth=0)
-    return float(x[-1]), float(y[-1])
-
-
-def label_ends(axes: Any, ends: Sequence[tuple[str, tuple[float, float] | None, str]]) -> None:
-    """Names curves at their ends, one above the other where they are close.
-
-    Args:
-        axes: with the curves drawn and scales and limits set.
-        ends: name, end (x, y) in data, colour.
-    """
-    axes.autoscale_view()  # else the limits are worked out later than they are used here
-    to_axes = axes.transData + axes.transAxes.inverted()
-    places: dict[int, list[tuple[float, float, str, str]]] = {}
-    for name, end, color in ends:
-        if end is not None:
-            x, y = (float(value) for value in to_axes.transform(end))
-            column = min(max(round(10 * x), 0), 10)
-            x = 1.0 if column >= 10 else x
-            places.setdefault(column, []).append((min(max(y, 0.0), 1.0), x, name, color))
-    for group in places.values():
-        heights: list[float] = []
-        for wanted, *_ in sorted(group):
-            heights.append(max(wanted, heights[-1] + END_GAP if heights else 0.0))
-        over = max(0.0, heights[-1] - 1.0)
-        for (_, x, name, color), height in zip(sorted(group), heights, strict=True):
-            axes.text(x + 0.01, height - over, name, color=color, transform=axes.transAxes, va="center", fontsize=9)
 
 
 def log_if_wide(axes: Any, columns: Sequence[Numbers], factor: float = 10.0) -> None:
@@ -151,7 +159,7 @@ def mark(axes: Any, histories: Sequence[History], axis: str) -> None:
     """Marks checkpoints by triangles on the axis, restarts and rollbacks by upright lines with their name."""
     below = axes.get_xaxis_transform()
     for number, history in enumerate(histories):
-        color, height = COLORS[number % len(COLORS)], 0.015 + 0.04 * number
+        color, height = style(number)["color"], 0.015 + 0.04 * number
         places = history.at(history.marks.checkpoints, axis)
         axes.plot(places, np.full(len(places), height), "^", ms=4, color=color, transform=below, clip_on=False)
         whose = f" {history.label}" if len(histories) > 1 else ""

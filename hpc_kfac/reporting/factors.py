@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_kfac.reporting.drawing import COLORS, LINES, MARKERS, Picture, draw, label_ends
+from hpc_kfac.reporting.drawing import Picture, draw, markers, style
 from hpc_kfac.reporting.history import History
 from hpc_kfac.reporting.rows import Numbers
 from hpc_kfac.reporting.spectra import Spectra
@@ -17,6 +17,7 @@ COLUMNS = 60
 WRITTEN = 8
 """With so many columns or fewer, numbers are written into the cells."""
 MOST_NAMES = 60
+LONGEST_NAME = 26
 ROUND_OFF = 1e8
 """Float32 factors know no larger condition."""
 FACTORS = {
@@ -25,7 +26,7 @@ FACTORS = {
     "effective_rank": ("Effective rank of factors", True),
 }
 LAYERS = {
-    "layer_update": ("Update by weights, norms, before lr", True),
+    "layer_update": ("Size of update by weights, before the learning rate", True),
     "layer_staleness": ("Staleness in steps", False),
     "layer_cosine": ("Cosine of update and gradient", False),
     "layer_curvature_share": ("Curvature share", False),
@@ -42,7 +43,9 @@ def heat_maps(history: History) -> tuple[list[Picture], list[str]]:
         found = history.below(prefix, columns)
         if any(np.isfinite(column).any() for column in found.values()):
             name = prefix.rstrip("/").rpartition("/")[2].removeprefix("layer_")
-            pictures.append(_heat_map(f"{name}_{history.label}", found, columns["step"], *look))
+            title, log = look
+            file = f"{name}_{history.label}"
+            pictures.append(_heat_map(file, found, columns["step"], f"{title}, run {history.label}", log))
         else:
             missing.append(look[0])
     return pictures, missing
@@ -72,11 +75,12 @@ def _heat_map(file: str, rows: dict[str, Numbers], step: Numbers, title: str, lo
         )
         numbers = FuncFormatter(lambda value, _: f"{value:.3g}")
         ticks = LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)) if log_scale else None
-        bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, format=numbers, ticks=ticks)
+        bar = axes.figure.colorbar(mesh, cax=axes.inset_axes((1.02, 0, 0.035, 1)), format=numbers, ticks=ticks)
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
         axes.invert_yaxis()
         every = -(-len(names) // MOST_NAMES)
-        axes.set_yticks(np.arange(len(names))[::every] + 0.5, names[::every], fontsize=9 if len(names) <= 30 else 6)
+        shown = [_tail(name) for name in names[::every]]
+        axes.set_yticks(np.arange(len(names))[::every] + 0.5, shown, fontsize=9 if len(names) <= 30 else 6)
         axes.set_xlabel(xlabel)
         axes.grid(visible=False)
         if len(last) <= WRITTEN and len(names) <= 24:
@@ -87,6 +91,11 @@ def _heat_map(file: str, rows: dict[str, Numbers], step: Numbers, title: str, lo
     alt = f"{title} against steps, a row for each of {len(names)}. At the end: {shown or 'none known'}."
     height = min(12.0, max(2.2, 1.0 + 0.22 * len(names)))
     return draw(file, title, alt, paint, height)
+
+
+def _tail(name: str) -> str:
+    """A name, or the end of a long one, which tells more than its beginning."""
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 
 
 def _write(axes: Any, values: Numbers, edges: Numbers, norm: Any) -> None:
@@ -117,30 +126,22 @@ def spectrum(history: History, spectra: Spectra) -> Picture | None:
         return None
 
     def paint(axes: Any) -> None:
-        ends = []
         for number, (name, values) in enumerate(spectra.values.items()):
             positive = np.where(values > 0, values, np.nan)
-            if not np.isfinite(positive).any():
-                continue
-            color = COLORS[number % len(COLORS)]
             places = np.arange(1, len(positive) + 1) / len(positive)
-            axes.plot(
-                places, positive, color=color, linestyle=LINES[number % len(LINES)], linewidth=1.4,
-                marker=MARKERS[number % len(MARKERS)], markersize=4, markevery=max(1, len(places) // 8),
-            )  # fmt: skip
-            ends.append((name, (1.0, float(np.nanmin(positive))), color))
+            look = {**style(number), **markers(number, len(places)), "linewidth": 1.4}
+            axes.plot(places, positive, label=_tail(name), **look)
         axes.set(yscale="log", xlabel="share of the eigenvalues, the largest first", ylabel="eigenvalue")
         largest = max(float(values[0]) for values in spectra.values.values())
         smallest = min(float(values[values > 0].min()) for values in spectra.values.values() if (values > 0).any())
         axes.set_ylim(max(smallest / 2, 1e-12 * largest), 2 * largest)
-        label_ends(axes, ends)
 
     parts = "; ".join(
         f"{name}: {len(spectra.values[name])} eigenvalues, largest {spectra.values[name][0]:.3g}, condition"
         f" {found['condition']:.2g}, effective rank {found['effective_rank']:.3g}"
         for name, found in spectra.figures.items()
     )
-    title = f"Spectra of factors at step {spectra.step}"
+    title = f"Spectra of factors at step {spectra.step}, run {history.label}"
     return draw(f"spectrum_{history.label}", title, f"{title}. {parts}.", paint, 4.0)
 
 

@@ -13,7 +13,6 @@ from hpc_kfac.reporting.drawing import (
     Picture,
     curve,
     draw,
-    label_ends,
     mark,
     marks_in_words,
     style,
@@ -42,27 +41,29 @@ def phase_stack(history: History) -> Picture | None:
     whole = _binned(history.train["step_seconds"] * steps, steps, history.train["step"], edges)
 
     def paint(axes: Any) -> None:
-        floor = np.zeros(len(edges) - 1)
-        for number, (name, bar) in enumerate(shown.items()):
+        heights = np.cumsum(list(shown.values()), axis=0)
+        for number in reversed(range(len(shown))):  # the legend begins with what is on top
+            bar = list(shown.values())[number]
             axes.bar(
-                edges[:-1], 1e3 * bar, np.diff(edges), 1e3 * floor, align="edge", label=_words(name),
-                color=_pale(number), hatch=HATCHES[number % len(HATCHES)], edgecolor="#333333", linewidth=0.3,
+                edges[:-1], 1e3 * bar, np.diff(edges), 1e3 * (heights[number] - bar), align="edge",
+                label=_words(list(shown)[number]), color=_pale(number), hatch=HATCHES[number % len(HATCHES)],
+                edgecolor="#333333", linewidth=0.3,
             )  # fmt: skip
-            floor += bar
         axes.stairs(1e3 * whole, edges, baseline=None, color="black", linewidth=1.6, label="whole step, by the clock")
         axes.set(xlabel=AXES["step"], ylabel="ms a step")
         axes.set_xlim(edges[0], edges[-1])
         mark(axes, [history], "step")
-        handles, labels = axes.get_legend_handles_labels()
-        axes.legend(
-            handles[::-1], labels[::-1], fontsize=8.5, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.16),
-            frameon=False, handleheight=1.2,
-        )  # fmt: skip
 
     per_step = {name: float(np.nansum(column)) / max(float(steps.sum()), 1.0) for name, column in means.items()}
     parts = ", ".join(f"{_words(name)} {1e3 * value:.3g}" for name, value in _by_size(per_step) if value > 0)
     alt = f"Stacked milliseconds a step by phase, mean over ranks, against steps. Over the run: {parts}."
-    return draw(f"phases_{history.label}", "Time of a step by phase", alt + marks_in_words([history]), paint, 4.6)
+    return draw(
+        f"phases_{history.label}",
+        f"Time of a step by phase, run {history.label}",
+        alt + marks_in_words([history]),
+        paint,
+        4.6,
+    )
 
 
 def phase_spread(history: History) -> Picture | None:
@@ -101,17 +102,14 @@ def _against_steps(
     def paint(axes: Any) -> None:
         from matplotlib.ticker import EngFormatter
 
-        ends = []
         for number, history, column in there:
-            look = style(number)
-            end = curve(axes, history.train["step"], column, linewidth=1.4, **look)
-            ends.append((history.label if len(histories) > 1 else "", end, look["color"]))
+            label = history.label if len(histories) > 1 else None
+            curve(axes, history.train["step"], column, label=label, linewidth=1.4, **style(number))
         axes.set(xlabel=AXES["step"], ylabel=ylabel)
         axes.set_ylim(0, 1.08 * max(float(np.nanmax(column)) for _, _, column in there) or 1.0)
         axes.yaxis.set_major_formatter(EngFormatter("B"))
         axes.margins(x=0.01)
         mark(axes, histories, "step")
-        label_ends(axes, ends)
 
     ranges = "; ".join(
         f"run {h.label} {np.nanmean(c) / 1e6:.4g} MB in the mean, {np.nanmax(c) / 1e6:.4g} MB at most"
@@ -130,6 +128,7 @@ def _spread(history: History, group: str, title: str, xlabel: str, scale: float)
     names = [name for name, value in _by_size(table["mean"]) if value > 0][::-1]
     if not names:
         return None
+    title = f"{title}, run {history.label}"
     ranks = history.facts.get("ranks", "?")
 
     def paint(axes: Any) -> None:
