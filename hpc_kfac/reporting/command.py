@@ -29,15 +29,18 @@ def report(arguments: list[str]) -> None:
     """Writes a report.
 
     Raises:
-        InputError: a folder is no run, or matplotlib is missing.
+        InputError: a folder is no run or has no rows, a package is missing, or the report cannot be written.
     """
     given = _words(arguments)
     if len(given.runs) > len(LETTERS):
         raise InputError(f"{len(given.runs)} runs were given; a report takes {len(LETTERS)} at most")
-    for run in given.runs:
-        check_folder(run)
+    for folder in given.runs:
+        check_folder(folder)
     need_matplotlib()
-    metrics = [Metrics(run / "metrics.jsonl") for run in given.runs]
+    metrics = [Metrics(folder / "metrics.jsonl") for folder in given.runs]
+    if not given.watch:
+        for folder, one in zip(given.runs, metrics, strict=True):
+            _check_rows(folder, one)
     out = given.out or (given.runs[0] / "report" if len(given.runs) == 1 else Path("report"))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -50,6 +53,16 @@ def report(arguments: list[str]) -> None:
                 write_tensorboard(run, out / "tensorboard" / run.name)
     except OSError as error:
         raise InputError(f"{out}: {error.strerror}; give --out a folder you may write to") from error
+
+
+def _check_rows(folder: Path, metrics: Metrics) -> None:
+    """Makes sure that there is something to draw."""
+    metrics.poll()
+    if not metrics.train.count + metrics.evaluation.count:
+        what = f"only lines that cannot be read: {metrics.skipped}" if metrics.skipped else "no rows"
+        raise InputError(
+            f"{folder / 'metrics.jsonl'} has {what}; wait until the run has trained, or follow it: --watch"
+        )
 
 
 def _words(arguments: list[str]) -> Any:
@@ -97,7 +110,9 @@ def _write(given: Any, metrics: list[Metrics], out: Path, reload: int | None = N
     title = f"{histories[0].name}" if len(histories) == 1 else f"{len(histories)} runs"
     replace_file(out / "index.html", page(title, _head(histories, reload), sections, reload))
     newest = max((int(h.train["step"][-1]) for h in histories if len(h.train["step"])), default=0)
-    print(f"{out / 'index.html'}: {len(pictures)} pictures, up to step {newest}", flush=True)
+    skipped = sum(run.skipped for run in histories)
+    unread = f"; lines of metrics that could not be read: {skipped}" if skipped else ""
+    print(f"{out / 'index.html'}: {len(pictures)} pictures, up to step {newest}{unread}", flush=True)
     return histories
 
 

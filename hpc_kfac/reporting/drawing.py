@@ -148,10 +148,10 @@ def curve(axes: Any, x: Numbers, y: Numbers, **look: Any) -> None:
 
 
 def log_if_wide(axes: Any, columns: Sequence[Numbers], factor: float = 10.0) -> None:
-    """A logarithmic scale where all values are positive and the largest is many times the smallest."""
-    known = [column[np.isfinite(column)] for column in columns]
-    values = np.concatenate([column for column in known if len(column)] or [np.ones(1)])
-    if values.min() > 0 and values.max() > factor * values.min():
+    """A logarithmic scale where no value is negative and the largest is many times the smallest that is not 0."""
+    values = np.concatenate([column[np.isfinite(column)] for column in columns] or [np.empty(0)])
+    positive = values[values > 0]
+    if len(positive) and values.min() >= 0 and positive.max() > factor * positive.min():
         axes.set_yscale("log")
 
 

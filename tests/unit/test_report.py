@@ -20,7 +20,7 @@ from PIL import Image
 
 import hpc_kfac as hk
 from hpc_kfac import checkpoint, cli
-from hpc_kfac.reporting import command
+from hpc_kfac.reporting import command, drawing
 from hpc_kfac.reporting.export import write_csv, write_tensorboard
 from hpc_kfac.reporting.history import history
 from hpc_kfac.reporting.rows import Metrics
@@ -150,28 +150,34 @@ def test_a_broken_checkpoint_is_passed_over(one: Path) -> None:
     assert found.step is None and found.notes[-1] == "There is no checkpoint that can be read."
 
 
-def test_broken_files_are_told_of(small: Path) -> None:
+def test_broken_files_are_told_of(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open(small / "metrics.jsonl", "a") as file:
         file.write('garbage\n{"kind": "train", "st\n{"ki')
     for name in ("run.json", "settings.yaml"):
         (small / name).write_text("[broken: {")
     assert cli.main(["report", str(small)]) == 0
+    assert "up to step 4; lines of metrics that could not be read: 3" in capsys.readouterr().out
     text = Page(small / "report" / "index.html").text
     assert "Run A: 3 lines of its metrics could not be read and were left out." in text
     assert "There is no checkpoint that can be read." in text
 
 
-def test_rows_of_before_and_no_rows(tmp_path: Path) -> None:
-    old, empty = tmp_path / "old", tmp_path / "empty"
-    for run in (old, empty):
-        run.mkdir()
-    (empty / "metrics.jsonl").touch()
+def test_rows_of_before(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
     (old / "metrics.jsonl").write_text('{"kind": "train", "step": 5, "loss": 0.5}\n{"kind": "evaluation", "step": 5}\n')
-    assert cli.main(["report", str(old), str(empty), "--out", str(tmp_path / "both")]) == 0
-    text = Page(tmp_path / "both" / "index.html").text
+    assert cli.main(["report", str(old)]) == 0
+    text = Page(old / "report" / "index.html").text
     for missing in ("Memory", "Traffic", "Damping", "Learning rate", "Time by phase", "Staleness in steps"):
         assert f"{missing}: not recorded." in text
-    assert "Run B has no rows of training yet." in text and (tmp_path / "both" / "loss_step.png").exists()
+    assert (old / "report" / "loss_step.png").exists()
+
+
+def test_a_run_that_has_not_begun_can_be_watched(small: Path) -> None:
+    (small / "metrics.jsonl").write_text("")
+    (small / "done.json").write_text("{}")
+    assert cli.main(["report", str(small), "--watch"]) == 0
+    assert "Run A has no rows of training yet." in Page(small / "report" / "index.html").text
 
 
 def test_two_runs_in_one_report(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +190,27 @@ def test_two_runs_in_one_report(small: Path, tmp_path: Path, monkeypatch: pytest
     assert "run A ends at 0.25" in loss and "run B ends at 0.25" in loss
     for letter in "AB":
         assert (tmp_path / "report" / f"metrics_{letter}.csv").read_text().startswith("kind,step,loss\n")
+
+
+def test_curves_are_told_apart_without_colour() -> None:
+    looks = [(drawing.style(number)["linestyle"], drawing.markers(number, 9)["marker"]) for number in range(26)]
+    assert len(set(looks)) == 26
+    colored = [(look["color"], look["linestyle"]) for look in map(drawing.style, range(26))]
+    assert len(set(colored)) == 26
+
+
+def test_a_picture_holds_all_of_its_labels() -> None:
+    """Whatever the labels, the rim stays white, and nothing is cut."""
+
+    def paint(axes: object) -> None:
+        axes.barh([0, 1], [1, 2], label="label" * 9)  # type: ignore[attr-defined]
+        axes.set_yticks([0, 1], ["y" * 30, "short"])  # type: ignore[attr-defined]
+
+    drawing.need_matplotlib()
+    image = Image.open(io.BytesIO(drawing.draw("name", "title", "words", paint).png)).convert("L")
+    pixels = torch.tensor(list(image.get_flattened_data())).view(image.height, image.width)
+    assert all((pixels[rim] == 255).all() for rim in (0, -1, (slice(None), 0), (slice(None), -1)))
+    assert (pixels[-60:] < 128).any(), "the legend is at the foot"
 
 
 def test_csv_and_tensorboard_hold_the_rows(trained: Path, tmp_path: Path) -> None:
@@ -255,6 +282,9 @@ def test_bad_input_is_one_clear_line(
     nothing.mkdir()
     assert f"run folder {missing} is not there" in refused(capsys, missing)
     assert f"{nothing} has no metrics.jsonl" in refused(capsys, small, nothing)
+    for text, words in (("", "has no rows"), ("x\n{", "has only lines that cannot be read: 2")):
+        (nothing / "metrics.jsonl").write_text(text)
+        assert f"{nothing / 'metrics.jsonl'} {words}; wait until" in refused(capsys, nothing)
     (tmp_path / "file").touch()
     assert "give --out a folder you may write to" in refused(capsys, small, "--out", tmp_path / "file")
     assert "27 runs were given" in refused(capsys, *[small] * 27)
