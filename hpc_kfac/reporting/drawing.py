@@ -53,7 +53,7 @@ def need_matplotlib() -> None:
     except ImportError as error:
         raise InputError(f"report needs matplotlib: {error}; pip install 'hpc-kfac[report]'") from error
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"font.size": 9.5, "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3})
+    matplotlib.rcParams.update({"font.size": 9.5, "axes.grid": True, "grid.alpha": 0.3})
     matplotlib.rcParams.update({"hatch.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False})
 
 
@@ -74,8 +74,9 @@ def draw(name: str, title: str, alt: str, paint: Callable[[Any], None], height: 
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     paint(axes)
-    axes.set_title(title, loc="left")
-    _fit(axes, _legend_height(axes, canvas.get_renderer()), canvas.get_renderer())
+    renderer = canvas.get_renderer()
+    head = figure.text(GAP / WIDTH, 1 - GAP / height, title, va="top", fontsize=10).get_window_extent(renderer).height
+    _fit(axes, head + GAP * DPI, _legend_height(axes, renderer), renderer)
     image = io.BytesIO()
     canvas.print_png(image)
     return Picture(name, title, alt, image.getvalue())
@@ -94,8 +95,8 @@ def _legend_height(axes: Any, renderer: Any) -> float:
     return float(legend.get_window_extent(renderer).height)
 
 
-def _fit(axes: Any, below: float, renderer: Any) -> None:
-    """Gives axes all of the figure but what their own labels need and so many dots below them.
+def _fit(axes: Any, above: float, below: float, renderer: Any) -> None:
+    """Gives axes all of the figure but what their own labels need and so many dots above and below them.
 
     matplotlib's layouts do this, too, and take longer for it than for the drawing.
     """
@@ -103,7 +104,7 @@ def _fit(axes: Any, below: float, renderer: Any) -> None:
     width, height = axes.figure.canvas.get_width_height()
     gap = GAP * DPI
     left, right = frame.x0 - whole.x0 + gap, whole.x1 - frame.x1 + gap
-    bottom, top = frame.y0 - whole.y0 + gap + below, whole.y1 - frame.y1 + gap
+    bottom, top = frame.y0 - whole.y0 + gap + below, whole.y1 - frame.y1 + gap + above
     axes.set_position((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
 
 
@@ -159,7 +160,7 @@ def mark(axes: Any, histories: Sequence[History], axis: str) -> None:
     """Marks checkpoints by triangles on the axis, restarts and rollbacks by upright lines with their name."""
     below = axes.get_xaxis_transform()
     for number, history in enumerate(histories):
-        color, height = style(number)["color"], 0.015 + 0.04 * number
+        color, height = style(number)["color"], 0.015 + min(0.04, 0.3 / len(histories)) * number
         places = history.at(history.marks.checkpoints, axis)
         axes.plot(places, np.full(len(places), height), "^", ms=4, color=color, transform=below, clip_on=False)
         whose = f" {history.label}" if len(histories) > 1 else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ COLUMNS = 60
 WRITTEN = 8
 """With so many columns or fewer, numbers are written into the cells."""
 MOST_NAMES = 60
-LONGEST_NAME = 26
+LONGEST_NAME = 28
 ROUND_OFF = 1e8
 """Float32 factors know no larger condition."""
 FACTORS = {
@@ -79,8 +80,9 @@ def _heat_map(file: str, rows: dict[str, Numbers], step: Numbers, title: str, lo
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
         axes.invert_yaxis()
         every = -(-len(names) // MOST_NAMES)
-        shown = [_tail(name) for name in names[::every]]
-        axes.set_yticks(np.arange(len(names))[::every] + 0.5, shown, fontsize=9 if len(names) <= 30 else 6)
+        axes.set_yticks(
+            np.arange(len(names))[::every] + 0.5, _short(names)[::every], fontsize=9 if len(names) <= 30 else 6
+        )
         axes.set_xlabel(xlabel)
         axes.grid(visible=False)
         if len(last) <= WRITTEN and len(names) <= 24:
@@ -93,9 +95,13 @@ def _heat_map(file: str, rows: dict[str, Numbers], step: Numbers, title: str, lo
     return draw(file, title, alt, paint, height)
 
 
-def _tail(name: str) -> str:
-    """A name, or the end of a long one, which tells more than its beginning."""
-    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+def _short(names: Sequence[str]) -> list[str]:
+    """Names of layers; of long ones without the modules that all are in, and without their middle."""
+    if max(map(len, names)) > LONGEST_NAME:
+        common = commonprefix(names).rfind(".") + 1
+        names = [name[common:] for name in names]
+    half = LONGEST_NAME // 2
+    return [name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}" for name in names]
 
 
 def _write(axes: Any, values: Numbers, edges: Numbers, norm: Any) -> None:
@@ -126,11 +132,12 @@ def spectrum(history: History, spectra: Spectra) -> Picture | None:
         return None
 
     def paint(axes: Any) -> None:
-        for number, (name, values) in enumerate(spectra.values.items()):
+        labels = _short(list(spectra.values))
+        for number, values in enumerate(spectra.values.values()):
             positive = np.where(values > 0, values, np.nan)
             places = np.arange(1, len(positive) + 1) / len(positive)
             look = {**style(number), **markers(number, len(places)), "linewidth": 1.4}
-            axes.plot(places, positive, label=_tail(name), **look)
+            axes.plot(places, positive, label=labels[number], **look)
         axes.set(yscale="log", xlabel="share of the eigenvalues, the largest first", ylabel="eigenvalue")
         largest = max(float(values[0]) for values in spectra.values.values())
         smallest = min(float(values[values > 0].min()) for values in spectra.values.values() if (values > 0).any())

@@ -20,7 +20,7 @@ from PIL import Image
 
 import hpc_kfac as hk
 from hpc_kfac import checkpoint, cli
-from hpc_kfac.reporting import command, drawing
+from hpc_kfac.reporting import command, drawing, factors
 from hpc_kfac.reporting.export import write_csv, write_tensorboard
 from hpc_kfac.reporting.history import history
 from hpc_kfac.reporting.rows import Metrics
@@ -207,10 +207,17 @@ def test_a_picture_holds_all_of_its_labels() -> None:
         axes.set_yticks([0, 1], ["y" * 30, "short"])  # type: ignore[attr-defined]
 
     drawing.need_matplotlib()
-    image = Image.open(io.BytesIO(drawing.draw("name", "title", "words", paint).png)).convert("L")
+    image = Image.open(io.BytesIO(drawing.draw("name", "title " * 9, "words", paint).png)).convert("L")
     pixels = torch.tensor(list(image.get_flattened_data())).view(image.height, image.width)
     assert all((pixels[rim] == 255).all() for rim in (0, -1, (slice(None), 0), (slice(None), -1)))
     assert (pixels[-60:] < 128).any(), "the legend is at the foot"
+
+
+def test_names_of_many_layers_stay_different() -> None:
+    assert factors._short(["conv1 A", "conv1 G"]) == ["conv1 A", "conv1 G"]
+    names = [f"encoder.layers.{i}.self_attention.{part}_projection A" for i in range(24) for part in ("query", "out")]
+    short = factors._short(names)
+    assert len(set(short)) == 48 and max(map(len, short)) <= factors.LONGEST_NAME
 
 
 def test_csv_and_tensorboard_hold_the_rows(trained: Path, tmp_path: Path) -> None:
