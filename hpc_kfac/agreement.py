@@ -14,6 +14,8 @@ from hpc_kfac.layers import CapturedLayer
 from hpc_kfac.step_control import KLClip, StepControl
 from hpc_kfac.step_report import LayerReport, StepInputs
 
+LOGGED = 5
+"""Numbers of each layer that a logged step reduces, too: <U, D>, <U, U>, <D, D>, size of the update, staleness."""
 FIXED = 4
 """Numbers that every step reduces: <U, D>, ranks with a gradient that is not finite, refreshed layers, failures."""
 
@@ -69,7 +71,7 @@ class Agreement:
         self._captured = [p for p in parameters if id(p) in captured]
         device = parameters[0].device
         self._index = {name: i for i, name in enumerate(layers)}
-        self._products = torch.zeros(len(layers), 3, dtype=dtype, device=device)
+        self._products = torch.zeros(len(layers), LOGGED, dtype=dtype, device=device)
         self._squares = torch.zeros(max(len(self._others), 1), dtype=dtype, device=device)
         self._scale = torch.ones((), dtype=dtype, device=device)
         self._vectors: dict[int, Tensor] = {}
@@ -77,7 +79,7 @@ class Agreement:
 
     def size(self, inputs: StepInputs, changes: Sequence[str]) -> int:
         """How many numbers the reduction carries."""
-        return FIXED + len(inputs.scalars) + len(changes) + (3 * len(self._layers) if inputs.log else 0)
+        return FIXED + len(inputs.scalars) + len(changes) + (LOGGED * len(self._layers) if inputs.log else 0)
 
     def start_step(self) -> None:
         self._measured.clear()
@@ -90,6 +92,13 @@ class Agreement:
             _dot(update, update, row[1:2])
             _dot(gradient, gradient, row[2:3])
         self._measured.add(name)
+
+    def measure_size(self, name: str, update: Tensor, staleness: int) -> None:
+        """Notes how large a layer's update is by its weights, and how old its curvature; on logged steps alone."""
+        row = self._products[self._index[name]]
+        weights = torch.stack([p.detach().norm() for p in self._layers[name].parameters]).norm()
+        row[3] = update.norm() / weights.clamp(min=torch.finfo(weights.dtype).tiny)
+        row[4] = staleness
 
     def reduce(
         self, inputs: StepInputs, refreshed: float, failures: int, changes: Mapping[str, float | None]
@@ -111,7 +120,7 @@ class Agreement:
         values = [quadratic if finite else 0.0, float(not finite), refreshed, float(failures), *inputs.scalars.values()]
         values += [0.0 if change is None else 1.0 + change for change in changes.values()]
         if inputs.log:
-            values += [x for name in self._layers for x in (products[name] if name in owned else [0.0] * 3)]
+            values += [x for name in self._layers for x in (products[name] if name in owned else [0.0] * LOGGED)]
         totals = self._sum(values)
         scale = 1.0 if clip is None else clip.scale(totals[0])
         gradients = [p.grad for p in self._captured if p.grad is not None]
@@ -128,7 +137,7 @@ class Agreement:
             failures=int(totals[3]),
             scalars=dict(zip(inputs.scalars, totals[FIXED:first_change], strict=True)),
             changes={name: value - 1.0 for name, value in found if value > 0},
-            layers=self._reports(totals[first_log:], inputs.damping) if inputs.log else {},
+            layers=self._reports(totals[first_log:], inputs.damping, scale) if inputs.log else {},
         )
 
     def _sum(self, values: list[float]) -> list[float]:
@@ -150,13 +159,13 @@ class Agreement:
                 _dot(parameter.grad, parameter.grad, self._squares[i : i + 1])
         return all(math.isfinite(value) for value in self._squares.tolist())
 
-    def _reports(self, values: list[float], damping: float) -> dict[str, LayerReport]:
+    def _reports(self, values: list[float], damping: float, scale: float) -> dict[str, LayerReport]:
         reports = {}
         for position, name in enumerate(self._layers):
-            product, update, gradient = values[3 * position : 3 * position + 3]
+            product, update, gradient, size, staleness = values[LOGGED * position : LOGGED * (position + 1)]
             norms = math.sqrt(update * gradient)
             share = 1.0 - damping * update / product if product > 0 else 0.0
-            reports[name] = LayerReport(product / norms if norms > 0 else 1.0, share)
+            reports[name] = LayerReport(product / norms if norms > 0 else 1.0, share, scale * size, int(staleness))
         return reports
 
 

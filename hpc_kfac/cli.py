@@ -27,6 +27,8 @@ HELP = """usage: hpc-kfac COMMAND ...
   submit RUN.yaml --site NAME --nodes N --time 4:00:00 [-- --key value ...]
                                        fill in a job script and hand it to the scheduler; 'hpc-kfac submit --help'
   status [RUN ...] [--json]            how runs are doing; by default those in logs/
+  report RUN ... [--out FOLDER] [--watch] [--csv] [--tensorboard]
+                                       pictures and one page of what runs have recorded; 'hpc-kfac report --help'
   bench NAME [--contenders a,b] [--budget MINUTES] [--report-only]
                                        methods side by side on one task; 'hpc-kfac bench --help' tells more
   info                                 what is installed: versions, MPI, Horovod, GPUs, cores
@@ -142,6 +144,15 @@ def status(arguments: list[str], ranks: Ranks) -> None:
     print(module.as_json(found) if given.json else module.table(found))
 
 
+def report(arguments: list[str], ranks: Ranks) -> None:
+    """Draws what runs have recorded."""
+    if ranks.size > 1:
+        raise InputError(f"report is for one process, and these are {ranks.size}; call it without mpirun")
+    from hpc_kfac.reporting.command import report as draw
+
+    draw(arguments)
+
+
 def bench(arguments: list[str], ranks: Ranks) -> None:
     """Compares methods."""
     from hpc_kfac.bench.command import bench as compare
@@ -172,6 +183,7 @@ COMMANDS: dict[str, Callable[[list[str], Ranks], None]] = {
     "checkpoint": checkpoint,
     "submit": submit,
     "status": status,
+    "report": report,
     "bench": bench,
     "info": info,
 }

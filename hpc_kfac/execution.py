@@ -333,6 +333,9 @@ class Executor:
         self.agreement.measure(name, update, gradient, self._inputs.log)
         if isinstance(self._control, FixedNorm):
             update = self._control.bound(update, layer.shared)
+        if self._inputs.log:
+            begun = state.refreshed.values()
+            self.agreement.measure_size(name, update, self._inputs.number - min(begun) if begun else 0)
         wire = self._problem.precision.wire
         if torch.promote_types(update.dtype, wire) != wire:  # as it reaches other ranks, so that all take the same step
             update = update.to(wire).to(update.dtype)

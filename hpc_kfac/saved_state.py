@@ -59,7 +59,7 @@ def restore(saved: Mapping[str, Any], problem: Problem, device: torch.device) ->
             weight=layer["weight"],
             refreshed=dict(layer["refreshed"]),
             remembered=_own(layer["remembered"], device),
-            momentum=_own(layer["momentum"], device),
+            momentum=_own(layer.get("momentum", {}), device),  # states of version 0.1 have none
             local=layer["local"],
         )
         for name, layer in saved.items()

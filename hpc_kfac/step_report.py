@@ -18,10 +18,14 @@ class LayerReport:
         cosine: between preconditioned and raw gradient; 1 means that the preconditioner did nothing but scale.
         curvature_share: 1 - damping |U|^2 / <U, D>: the share of the step's quadratic form that comes from
             curvature and not from damping; 0 is a no-op.
+        update: norm of the update that the optimizer is given, before the learning rate, by that of the weights.
+        staleness: most steps since the decomposition of a solved form of this layer began; 0 before there is one.
     """
 
     cosine: float
     curvature_share: float
+    update: float
+    staleness: int
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ FAMILY: dict[str, list[Settings]] = {
         "seng": {"damping": [0.3, 3.0]},
         "shampoo": {"damping": [1e-4, 1e-2]},
         "soap": {"damping": [1e-8, 1e-3]},
+        "jorge": {"damping": [0.1, 1.0]},
     }.items()
 }
 

@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 
+from hpc_kfac.checkpoint import BrokenCheckpoint
+from hpc_kfac.checkpoint.inspect import factors, one_set
 from hpc_kfac.training.launch import InputError
 
 GAMMAS = (0.0, 0.25, 0.5, 0.75)
@@ -169,20 +172,19 @@ def measured(run: Path) -> tuple[Spectrum, str]:
     Raises:
         InputError: there is no checkpoint with factors.
     """
-    from hpc_kfac.checkpoint import BrokenCheckpoint
-    from hpc_kfac.checkpoint.inspect import spectra
-
     try:
-        layers = spectra(run)
+        layers: dict[str, dict[str, np.ndarray]] = {}
+        for name, factor in factors(one_set(run)).items():
+            layer, _, key = name.rpartition(" ")
+            layers.setdefault(layer, {})[key] = torch.linalg.eigvalsh(factor).numpy()
     except (BrokenCheckpoint, OSError) as error:
         raise InputError(str(error)) from error
     pieces = []
-    for factors in layers.values():
-        if set(factors) == {"A", "G"}:
-            products = factors["G"][:, :, None] * factors["A"][:, None, :]
-            pieces.append(products.flatten().numpy())
-        elif set(factors) == {"A"}:
-            pieces.append(factors["A"].flatten().numpy())
+    for sides in layers.values():
+        if set(sides) == {"A", "G"}:
+            pieces.append((sides["G"][..., :, None] * sides["A"][..., None, :]).ravel())
+        elif set(sides) == {"A"}:
+            pieces.append(sides["A"].ravel())
     if not pieces:
         raise InputError(f"{run} has no layer with factors A and G; give a run of kfac, ekfac or a relative")
     values = np.concatenate(pieces)

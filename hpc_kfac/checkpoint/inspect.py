@@ -121,16 +121,14 @@ class _Average:
         self.weight += weight
         self.total = weighted if self.total is None else self.total + weighted
 
-    def values(self) -> Tensor | None:
-        """Eigenvalues [p, d], rising; None where there is nothing."""
-        if self.total is None or self.weight <= 0:
-            return None
-        return torch.linalg.eigvalsh(self.total / self.weight)
+    def mean(self) -> Tensor | None:
+        return None if self.total is None or self.weight <= 0 else self.total / self.weight
 
     def condition(self) -> str:
-        values = self.values()
-        if values is None:
+        mean = self.mean()
+        if mean is None:
             return ""
+        values = torch.linalg.eigvalsh(mean)
         smallest, largest = values[..., 0], values[..., -1]
         return f"{torch.where(smallest > 0, largest / smallest, torch.inf).max().item():.2g}"
 
@@ -181,20 +179,19 @@ def description(path: Path, conditions: bool = True) -> str:
     return "\n".join(lines)
 
 
-def spectra(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Eigenvalues of the symmetric factors of a set: layer -> factor -> [p, d], rising, float64.
+def factors(path: Path) -> dict[str, Tensor]:
+    """The symmetric factors of a set, averaged over ranks: "layer factor" -> [..., d, d] in float64.
 
     Raises:
-        BrokenCheckpoint: there is no set, or it is not in order, or has no curvature.
+        BrokenCheckpoint: the set is not in order.
     """
-    found = one_set(path)
-    manifest = read_manifest(found)
-    curvature = _read(found, manifest, COMMON)[0].get("preconditioner")
-    if curvature is None:
-        raise BrokenCheckpoint(f"{found} has no preconditioner, so there is no spectrum; give a run with a method")
-    layers, _ = _layers(found, manifest, curvature, conditions=True)
-    values = {name: {key: factor.values() for key, factor in layer.factors.items()} for name, layer in layers.items()}
-    return {layer: {k: v for k, v in factors.items() if v is not None} for layer, factors in values.items()}
+    manifest = verify(path)
+    curvature = _read(path, manifest, COMMON)[0].get("preconditioner") or {}
+    layers, _ = _layers(path, manifest, curvature, True)
+    means = {
+        f"{name} {key}": average.mean() for name, layer in layers.items() for key, average in layer.factors.items()
+    }
+    return {name: mean for name, mean in means.items() if mean is not None}
 
 
 def _layers(

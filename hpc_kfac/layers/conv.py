@@ -70,8 +70,7 @@ class ConvBatch(PositionBatch):
         if isinstance(structure, Dense):
             return self._dense(part)
         if isinstance(structure, Diagonal):
-            squares = self._window_sums(self._padded(part.x).square().sum(0))
-            return self._with_bias(squares, part)
+            return self._with_bias(self._window_sums(part.x.to(self.dtype).square()), part)
         if isinstance(structure, SpatiallyUncorrelated):
             return self._uncorrelated(part)
         return structure.from_dense(self._dense(part))
@@ -83,7 +82,7 @@ class ConvBatch(PositionBatch):
         return torch.stack(moments).sum(0) * (self.scale**2 / self.count)
 
     def input_sum(self, part: Part) -> Tensor:
-        return self._with_bias(self._window_sums(self._padded(part.x).sum(0)), part)
+        return self._with_bias(self._window_sums(part.x.to(self.dtype)), part)
 
     def _padded(self, x: Tensor) -> Tensor:
         mode = "constant" if self.module.padding_mode == "zeros" else self.module.padding_mode
@@ -102,9 +101,10 @@ class ConvBatch(PositionBatch):
         steps = tuple(slice(None, None, step) for step in self.dilation)
         return x[(slice(None),) * (x.dim() - dims) + steps]
 
-    def _window_sums(self, padded: Tensor) -> Tensor:
-        """Sums over the output positions for each kernel position: [C, *space] -> [p, weights of a row]."""
+    def _window_sums(self, x: Tensor) -> Tensor:
+        """Sums over samples and output positions for each kernel position: [n, C, *space] -> [p, weights of a row]."""
         dims = len(self.kernel)
+        padded = self._padded(x.sum(0, keepdim=True))[0]  # padding copies values: summed first, there is less to copy
         sums = self._windows(padded).sum(tuple(range(1, 1 + dims)))
         return sums.reshape(self.shape.blocks, -1)
 

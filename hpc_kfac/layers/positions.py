@@ -42,6 +42,10 @@ class Part:
             return self.keep.sum(1)
         return torch.full((self.samples,), self.positions, device=self.x.device)
 
+    def all_kept(self) -> int:
+        """Positions of all samples that count; without a mask no device is asked."""
+        return self.samples * self.positions if self.keep is None else int(self.keep.sum())
+
 
 class PositionBatch(ABC):
     """A ``LayerBatch`` for a family that knows its input and gradient rows; it overrides what it does faster."""
@@ -250,7 +254,7 @@ class PositionBatch(ABC):
         return [part for group in self.groups for part in group]
 
     def _positions(self) -> int:
-        return max(sum(int(_kept([part]).sum()) for part in self._parts()), 1)
+        return max(sum(part.all_kept() for part in self._parts()), 1)
 
     def _sample_inputs(self, group: list[Part], which: slice | Tensor) -> Tensor:
         """Input rows averaged over the positions of each sample [p, n, a]."""

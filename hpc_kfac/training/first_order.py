@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ class FirstOrder:
         self._model, self._ranks, self._max_skipped = model, ranks, max_skipped
         self._skipped_in_row = 0
         self.timings: dict[str, float] = {}
+        self.traffic: Counter[str] = Counter()
         self.timeline = Timeline(ranks.rank)
 
     def observe(self, outputs: Any, **about: Any) -> None:

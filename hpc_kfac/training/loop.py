@@ -20,7 +20,7 @@ from hpc_kfac.training.console import Console
 from hpc_kfac.training.evaluation import evaluate, totals
 from hpc_kfac.training.launch import LossBlewUp, RunStopped
 from hpc_kfac.training.loader import Batch
-from hpc_kfac.training.measure import Clock, Interval, Strength, Sums, phases_over_ranks
+from hpc_kfac.training.measure import Clock, Interval, Strength, Sums, Usage, factor_figures
 from hpc_kfac.training.optimizers import set_learning_rate
 from hpc_kfac.training.progress import Progress
 from hpc_kfac.training.run_folder import RunFolder
@@ -70,7 +70,9 @@ class Loop:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.run_settings.autocast)
         self.autocast = torch.autocast(setup.device.type, dtype=dtype, enabled=dtype is not None)
         self.scaler = torch.amp.GradScaler(setup.device.type, enabled=dtype is torch.float16)
-        self.clock, self.strength, self.interval = Clock(setup.preconditioner.timeline), Strength(), Interval()
+        self.clock = Clock(setup.preconditioner.timeline, setup.preconditioner.timings)
+        self.strength, self.interval = Strength(), Interval()
+        self.usage = Usage(self.clock, setup.preconditioner, self._allreduced(), setup.device)
         self.progress = Progress()
         self.last_good = "no step yet"
         if saver is not None:
@@ -329,10 +331,6 @@ class Loop:
         self.interval.add(report, batch.global_size)
         if not (self._logged(self.progress.step) or report.scalars["stop"]):
             return
-        seconds = self.clock.take()
-        for name, value in self.setup.preconditioner.timings.items():
-            seconds[name] = seconds.get(name, 0.0) + value
-        self.setup.preconditioner.timings.clear()
         row: dict[str, Any] = {
             "kind": "train",
             "step": self.progress.step,
@@ -341,11 +339,16 @@ class Loop:
             **self.interval.row(self.progress.seconds),
             **self.strength.row(report),
             "staleness": report.staleness,
-            "phases": phases_over_ranks(seconds, self.setup.ranks),
+            **self.usage.row(self.interval.steps, self.setup.ranks),
         }
         self.folder.write(row)
         self.console.row(row)
         self.interval = Interval(self.progress.seconds)
+
+    def _allreduced(self) -> int:
+        """Bytes of gradients that a rank hands to an allreduce in a step; where owners update, they count their own."""
+        reduces = self.setup.averaging.name in ("horovod", "ddp", "mpi4py")
+        return sum(p.numel() * p.element_size() for p in self.parameters) if reduces else 0
 
     def _evaluate(self, last: bool = False) -> None:
         """Evaluates, and saves the best so far, and the last."""
@@ -358,6 +361,7 @@ class Loop:
             "step": progress.step,
             "epoch": epoch,
             **progress.figures,
+            **factor_figures(setup.preconditioner, setup.ranks),
             "train_seconds": progress.seconds,
             "evaluation_seconds": time.perf_counter() - start,
         }

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import resource
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from hpc_kfac import StepReport
+import psutil
+import torch
+
+from hpc_kfac import Preconditioner, StepReport
+from hpc_kfac.linalg import spectrum
 from hpc_kfac.timing import Timeline, timed
+from hpc_kfac.training.first_order import FirstOrder
 from hpc_kfac.training.launch import Ranks
 
 NO_OP_COSINE = 0.95
@@ -34,18 +41,22 @@ class Clock:
 
     Args:
         timeline: gets the phases, too.
+        inner: seconds by phase that another counts. What it counts within a phase here is no time of that phase:
+            statistics are taken in the middle of the backward pass.
     """
 
-    def __init__(self, timeline: Timeline | None = None) -> None:
+    def __init__(self, timeline: Timeline | None = None, inner: Mapping[str, float] | None = None) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._timeline = timeline or Timeline()
+        self._inner = inner if inner is not None else {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time spent in the block."""
-        start = time.perf_counter()
+        start, before = time.perf_counter(), sum(self._inner.values())
         with timed(self.seconds, name):
             yield
+        self.seconds[name] -= sum(self._inner.values()) - before
         self._timeline.span(name, "trainer", start, time.perf_counter())
 
     def take(self) -> dict[str, float]:
@@ -60,15 +71,95 @@ PHASES = (
 )  # fmt: skip
 
 
-def phases_over_ranks(seconds: Mapping[str, float], ranks: Ranks) -> dict[str, dict[str, float]]:
-    """Minimum, mean and maximum over ranks of each phase. Collective."""
-    names = dict.fromkeys([*PHASES, *seconds])
-    everyone = ranks.gather(dict(seconds))
-    table = {}
-    for name in names:
-        values = [one.get(name, 0.0) for one in everyone]
-        table[name] = {"min": min(values), "mean": statistics.fmean(values), "max": max(values)}
+def over_ranks(own: Mapping[str, Mapping[str, float]], ranks: Ranks) -> dict[str, dict[str, dict[str, float]]]:
+    """Minimum, mean and maximum over ranks of each number of each group; 0 where a rank has none. Collective."""
+    everyone = ranks.gather({group: dict(numbers) for group, numbers in own.items()})
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for group in own:
+        names = dict.fromkeys(name for one in everyone for name in one[group])
+        table[group] = {}
+        for name in names:
+            values = [one[group].get(name, 0) for one in everyone]
+            spread = {"min": min(values), "mean": statistics.fmean(values), "max": max(values)}
+            table[group][name] = {figure: short(value) for figure, value in spread.items()}
     return table
+
+
+def short(value: float) -> float:
+    """A number to 6 digits. Rows have many, and more digits would only make them long."""
+    return float(f"{value:.6g}") if math.isfinite(value) else value
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes of this process: resident now, at its peak, and the peak of tensors on a CUDA device."""
+    found = {
+        "resident": psutil.Process().memory_info().rss,
+        "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,  # Linux counts it in kB
+    }
+    if device.type == "cuda":
+        found["device_peak"] = torch.cuda.max_memory_allocated(device)
+    return found
+
+
+class Usage:
+    """What a rank has spent since the last row of metrics, and the memory that it takes.
+
+    Args:
+        clock: of the trainer.
+        preconditioner: has seconds and traffic of its own.
+        gradients: bytes that a rank hands to an allreduce of gradients in a step.
+        device: of this rank.
+    """
+
+    def __init__(
+        self, clock: Clock, preconditioner: Preconditioner | FirstOrder, gradients: int, device: torch.device
+    ) -> None:
+        self._clock, self._preconditioner, self._gradients, self._device = clock, preconditioner, gradients, device
+        self._posted: Counter[str] = Counter()
+
+    def row(self, steps: int, ranks: Ranks) -> dict[str, Any]:
+        """Seconds by phase, bytes handed to collectives by operation, bytes of memory: over ranks. Collective.
+
+        Args:
+            steps: taken since the last row.
+            ranks: all that train.
+        """
+        seconds = dict.fromkeys(PHASES, 0.0) | self._clock.take()
+        for name, value in self._preconditioner.timings.items():
+            seconds[name] = seconds.get(name, 0.0) + value
+        self._preconditioner.timings.clear()
+        posted = Counter(self._preconditioner.traffic)
+        traffic, self._posted = posted - self._posted, posted
+        if self._gradients:
+            traffic["gradients"] += steps * self._gradients
+        return over_ranks({"phases": seconds, "traffic": traffic, "memory": memory(self._device)}, ranks)
+
+
+def factor_figures(preconditioner: Preconditioner | FirstOrder, ranks: Ranks) -> dict[str, Any]:
+    """Condition, trace and effective rank of each symmetric factor, as its owner has averaged it. Collective.
+
+    Returns:
+        ``{"factors": {"condition": {"layer A": ...}, ...}}``; empty without factors.
+    """
+    if not isinstance(preconditioner, Preconditioner):
+        return {}
+    layers = preconditioner.capture.layers
+    found: dict[str, dict[str, float]] = {}
+    for layer, owner in preconditioner.assignment.owner.items():
+        if owner != preconditioner.comm.rank:
+            continue
+        running = preconditioner.states[layer].running
+        for spec in preconditioner.method.state(layers[layer].shape):
+            if spec.role == "running" and spec.symmetric and spec.name in running:
+                values = spectrum.eigenvalues(running[spec.name])
+                if values is not None:
+                    found[f"{layer} {spec.name}"] = spectrum.figures(values)
+    everyone = {name: numbers for part in ranks.gather(found) for name, numbers in part.items()}
+    place = {layer: number for number, layer in enumerate(layers)}  # the model's order, whoever owns a layer
+    everyone = dict(sorted(everyone.items(), key=lambda entry: place[entry[0].rpartition(" ")[0]]))
+    names = dict.fromkeys(figure for numbers in everyone.values() for figure in numbers)
+    table = {figure: {name: numbers[figure] for name, numbers in everyone.items()} for figure in names}
+    return {"factors": table} if table else {}
 
 
 def figures(sums: Mapping[str, float], prefix: str) -> dict[str, float]:
@@ -142,7 +233,7 @@ class Strength:
         self.lowest = lowest
 
     def row(self, report: StepReport) -> dict[str, Any]:
-        """Cosine between preconditioned and raw gradient, and share of curvature above the damping, by layer."""
+        """KL scale, damping, and the figures of each layer: see `LayerReport`."""
         if not report.layers:
             return {}
         cosine = {name: layer.cosine for name, layer in report.layers.items()}
@@ -152,8 +243,10 @@ class Strength:
             "kl_scale": report.kl_scale,
             "damping": report.damping,
             "cosine": median,
-            "layer_cosine": cosine,
-            "layer_curvature_share": {name: layer.curvature_share for name, layer in report.layers.items()},
+            "layer_cosine": {name: short(value) for name, value in cosine.items()},
+            "layer_curvature_share": {name: short(layer.curvature_share) for name, layer in report.layers.items()},
+            "layer_update": {name: short(layer.update) for name, layer in report.layers.items()},
+            "layer_staleness": {name: layer.staleness for name, layer in report.layers.items()},
         }
 
     @property

@@ -37,6 +37,7 @@ RELATIVES: dict[str, Callable[[], hk.Method]] = {
     "seng": lambda: methods.SENG(damping=0.1, rows=37, columns=None),
     "shampoo": lambda: methods.Shampoo(damping=0.1, graft="rmsprop"),
     "soap": lambda: methods.SOAP(damping=0.1),
+    "jorge": lambda: methods.Jorge(),
     "hylo": lambda: methods.HyLo(damping=0.1, rows=4),
     "tnt": lambda: methods.TNT(damping=0.1),
     "ekfac-batch": lambda: hk.EKFAC(damping=0.1, moments_of="batch"),

@@ -169,14 +169,16 @@ def test_a_layer_unused_on_some_ranks(comm, fraction):
 
 
 @pytest.mark.ranks(2)
-def test_non_finite_gradient_on_one_rank_skips_all(comm):
+@pytest.mark.parametrize(("fraction", "rank"), [(1.0, 0), (1.0, 1), (0.0, 0)])  # rank 0 is the one grad worker at 0
+def test_non_finite_gradient_on_one_rank_skips_all(comm, fraction, rank):
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    preconditioner = hk.Preconditioner(model, step_control=None, comm=comm, max_skipped=2)
+    placement = hk.Kaisa(fraction)
+    preconditioner = hk.Preconditioner(model, step_control=None, comm=comm, max_skipped=2, placement=placement)
     for step in range(3):
         model.zero_grad()
         model(torch.ones(4, 3)).sum().backward()
-        if comm.rank == 1:
+        if comm.rank == rank:
             model.weight.grad[0, 0] = float("nan")
         if step == 2:
             with pytest.raises(hk.TrainingDiverged, match="3 steps in a row"):

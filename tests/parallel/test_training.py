@@ -80,7 +80,7 @@ def test_owners_update_alike(tmp_path: Path, factors: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--averaging", "owner"], "grad_worker_fraction=0"),
+        (["--averaging", "owner", "--placement.grad_worker_fraction", "1"], "grad_worker_fraction=0"),
         (["--averaging", "owner", "--method", "none"], "averaging is owner"),
         (["--placement.helpers", "2"], "at least one must be left to train"),
         (["--placement.helpers", "1", "--method", "eva"], "helpers"),
@@ -118,13 +118,15 @@ def test_helper_ranks_train_nothing_and_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks(2)
-def test_every_rank_writes_a_timeline(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fraction", "sends"), [("0", "share"), ("1", "broadcast")])
+def test_every_rank_writes_a_timeline(tmp_path: Path, fraction: str, sends: str) -> None:
     ranks = join()
     words = ["--trace_steps", "3", "--max_steps", "4", "--run_dir", str(tmp_path / str(ranks.rank))]
+    words += ["--placement.grad_worker_fraction", fraction]
     run(parse([*DOUBLE_DIGITS, *words, "--progress", "lines"]), ranks)
     traces = [path for folder in ranks.gather(tmp_path) for path in folder.rglob(f"trace_rank{ranks.rank}.json")]
     names = {event["name"] for event in json.loads(traces[0].read_text())["traceEvents"]}
-    assert {"forward", "backward", "gradient_allreduce", "reduce", "refresh", "broadcast", "update"} <= names
+    assert {"forward", "backward", "gradient_allreduce", "reduce", "refresh", sends, "update"} <= names
 
 
 def jittered(model: nn.Module, averaging: Any, ranks: Ranks, seed: int) -> torch.Tensor:
@@ -216,16 +218,18 @@ def test_a_failure_on_one_rank_is_everybodys() -> None:
 
 
 @pytest.mark.ranks(2)
-def test_rank_0_writes_what_all_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fraction", "sends"), [("0", "precondition"), ("1", "broadcast")])
+def test_rank_0_writes_what_all_measured(tmp_path: Path, fraction: str, sends: str) -> None:
     ranks = join()
     folder = ranks.broadcast(tmp_path)
     words = ["--max_steps", "3", "--epochs", "1", "--log_every", "3", "--progress", "lines", "--run_dir", str(folder)]
+    words += ["--placement.grad_worker_fraction", fraction]
     run(parse(words), ranks)
     ranks.comm.Barrier()
     (run_folder,) = folder.iterdir()
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["train", "evaluation"]
-    for phase in ("forward", "gradient_allreduce", "factor_allreduce", "broadcast", "precondition", "update"):
+    for phase in ("forward", "gradient_allreduce", "factor_allreduce", sends, "precondition", "update"):
         times = rows[0]["phases"][phase]
         assert times["max"] > 0 and times["min"] <= times["mean"] <= times["max"], phase
     facts = json.loads((run_folder / "run.json").read_text())

@@ -132,6 +132,17 @@ def test_state_dict_survives_torch_save(tmp_path: Any) -> None:
         )
 
 
+def test_a_state_from_before_momentum_is_taken_up() -> None:
+    run = Run(hk.KFAC(solver="eigen")).steps(0, 2)
+    state = copy.deepcopy(run.preconditioner.state_dict())
+    for layer in state["layers"].values():
+        del layer["momentum"]
+    other = Run(hk.KFAC(solver="eigen"))
+    other.preconditioner.load_state_dict(state)
+    assert not any(state.momentum for state in other.preconditioner.states.values())
+    other.steps(2, 3)
+
+
 @pytest.mark.parametrize(
     "other, method, words",
     [

@@ -1,0 +1,69 @@
+"""Metrics for other programs: CSV and TensorBoard files."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hpc_kfac.reporting.history import History
+from hpc_kfac.reporting.rows import numbers_of, parsed_rows
+from hpc_kfac.training.launch import InputError
+
+
+def write_csv(run: Path, path: Path) -> None:
+    """Writes all rows of a run's metrics as one table: a line for each row, a column for each number.
+
+    A number inside of others is named by the way to it, "phases/forward/mean"; what a row has not is left empty.
+
+    Args:
+        run: its folder.
+        path: of the file.
+    """
+    names: dict[str, None] = {}
+    for row in parsed_rows(run / "metrics.jsonl"):  # twice: the rows of a long run need more memory than there may be
+        names.update((name, None) for name, _ in numbers_of(row))
+    aside = path.with_name(f".{path.name}.new")
+    with open(aside, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["kind", *names], lineterminator="\n")
+        writer.writeheader()
+        for row in parsed_rows(run / "metrics.jsonl"):
+            writer.writerow({"kind": row["kind"], **dict(numbers_of(row))})
+    aside.replace(path)
+
+
+def write_tensorboard(history: History, folder: Path) -> None:
+    """Writes a run's columns as TensorBoard scalars, at the time at which they were reached in training.
+
+    Args:
+        history: of the run.
+        folder: gets the event file; what was there is replaced.
+
+    Raises:
+        InputError: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(f"--tensorboard needs the package: {error}; pip install 'hpc-kfac[tensorboard]'") from error
+    shutil.rmtree(folder, ignore_errors=True)
+    began = _began(history.facts)
+    board: Any = SummaryWriter(str(folder))
+    for prefix, columns in (("", history.train), ("evaluation/", history.evaluation)):
+        for name, column in columns.items():
+            if name in ("step", "steps", "epoch"):
+                continue
+            for step, second, value in zip(columns["step"], columns["seconds"], column, strict=True):
+                if value == value:
+                    board.add_scalar(prefix + name, value, int(step), walltime=began + second)
+    board.close()
+
+
+def _began(facts: dict[str, Any]) -> float:
+    """When the run was started, in seconds since 1970; 0 if that is not known."""
+    try:
+        return datetime.fromisoformat(facts["started"]).timestamp()
+    except (LookupError, TypeError, ValueError):
+        return 0.0
