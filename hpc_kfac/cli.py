@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hpc_kfac.stack import check_threads
-from hpc_kfac.training.launch import InputError, Ranks, alone, end, join
+from hpc_kfac.training.launch import InputError, Ranks, alone, end, join, underscored
 
 HELP = """usage: hpc-kfac COMMAND ...
 
@@ -39,7 +39,7 @@ def train(arguments: list[str], ranks: Ranks) -> None:
     """Trains."""
     from hpc_kfac.training import config
 
-    arguments = [_underscored(word) for word in arguments]
+    arguments = [underscored(word) for word in arguments]
     arguments = ["--dry_run=true" if word == "--dry_run" else word for word in arguments]
     with _only_first_speaks(ranks), ranks.agreed():
         settings = config.parse(arguments)
@@ -60,7 +60,7 @@ def evaluate(arguments: list[str], ranks: Ranks) -> None:
     from hpc_kfac.training.weights import evaluate_checkpoint
 
     with _only_first_speaks(ranks):
-        print(evaluate_checkpoint([_underscored(word) for word in arguments], ranks))
+        print(evaluate_checkpoint([underscored(word) for word in arguments], ranks))
 
 
 def pack(arguments: list[str], ranks: Ranks) -> None:
@@ -129,7 +129,7 @@ def submit(arguments: list[str], ranks: Ranks) -> None:
     from hpc_kfac.submit import submit as submitted
 
     place = arguments.index("--") if "--" in arguments else len(arguments)
-    print(submitted([*arguments[:place], *(_underscored(word) for word in arguments[place:])]))
+    print(submitted([*arguments[:place], *(underscored(word) for word in arguments[place:])]))
 
 
 def status(arguments: list[str], ranks: Ranks) -> None:
@@ -215,12 +215,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         end(error, ranks)
     return 0
-
-
-def _underscored(word: str) -> str:
-    """An option with underscores, as the settings have them, for one with hyphens."""
-    option, equals, value = word.partition("=")
-    return (option.replace("-", "_").replace("__", "--", 1) if word.startswith("--") else option) + equals + value
 
 
 @contextlib.contextmanager

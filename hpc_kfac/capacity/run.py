@@ -13,7 +13,7 @@ from hpc_kfac.capacity.times import Settings
 from hpc_kfac.distributed import Kaisa
 from hpc_kfac.schedule import Schedule
 from hpc_kfac.training import config
-from hpc_kfac.training.launch import InputError
+from hpc_kfac.training.launch import InputError, underscored
 from hpc_kfac.training.outlines import Outline, outline
 from hpc_kfac.training.setup import make_optimizer
 from hpc_kfac.training.weights import freeze
@@ -63,8 +63,7 @@ def read_run(arguments: Sequence[str], model: str | None = None) -> Run:
     Raises:
         InputError: anything wrong in them.
     """
-    words = [word if not word.startswith("--") else _underscored(word) for word in arguments]
-    given = config.parse(words)
+    given = config.parse([underscored(word) for word in arguments])
     parts, options = given.parts, given.run
     control = None if parts["method"].make is None else parts["step_control"]()
     settings = Settings(
@@ -78,8 +77,3 @@ def read_run(arguments: Sequence[str], model: str | None = None) -> Run:
     )
     found = named(model) if model is not None else outline(parts["task"])
     return Run(given, found, settings, parts["placement"](), parts["schedule"]())
-
-
-def _underscored(word: str) -> str:
-    option, equals, value = word.partition("=")
-    return option.replace("-", "_").replace("__", "--", 1) + equals + value

@@ -238,3 +238,9 @@ def _leave_mpi() -> None:
 def _say(text: str) -> None:
     sys.stdout.flush()
     print(text, file=sys.stderr, flush=True)
+
+
+def underscored(word: str) -> str:
+    """An option with underscores, as the settings have them, for one with hyphens."""
+    option, equals, value = word.partition("=")
+    return (option.replace("-", "_").replace("__", "--", 1) if word.startswith("--") else option) + equals + value

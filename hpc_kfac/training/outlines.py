@@ -67,30 +67,30 @@ def _small(name: str, model: str, channels: int, size: int) -> Outline:
     return Outline(f"{name} {model}", make, (channels, size, size))
 
 
-def _digits(model: str = "cnn", **_: Any) -> Outline:
+def _digits(model: str, **_: Any) -> Outline:
     return _small("digits", model, 1, 8)
 
 
-def _fashion(model: str = "cnn", **_: Any) -> Outline:
+def _fashion(model: str, **_: Any) -> Outline:
     return _small("fashion", model, 1, 28)
 
 
-def _cifar10(model: str = "resnet32", **_: Any) -> Outline:
+def _cifar10(model: str, **_: Any) -> Outline:
     return _small("cifar10", model, 3, 32)
 
 
-def _autoencoder(hidden: tuple[int, ...] = (500, 250, 100, 30), **_: Any) -> Outline:
+def _autoencoder(hidden: tuple[int, ...], **_: Any) -> Outline:
     return Outline("fashion_autoencoder", lambda: models_vision.autoencoder((784, *hidden)), (784,))
 
 
 def _char_text(
-    path: str | None = None,
-    pattern: str = "*",
-    sequence_length: int = 128,
-    width: int = 128,
-    blocks: int = 4,
-    heads: int = 4,
-    dropout: float = 0.0,
+    path: str | None,
+    pattern: str,
+    sequence_length: int,
+    width: int,
+    blocks: int,
+    heads: int,
+    dropout: float,
     **_: Any,
 ) -> Outline:
     from hpc_kfac.training.text import read_text
@@ -107,7 +107,7 @@ def _char_text(
     return Outline("char_text", make, (sequence_length,), vocabulary, note)
 
 
-def _images(model: str = "resnet50", size: int = 224, **_: Any) -> Outline:
+def _images(model: str, size: int, **_: Any) -> Outline:
     depth = int(model.removeprefix("resnet"))
     note = f"{IMAGENET_CLASSES} classes are assumed"
     return Outline(model, lambda: models_vision.imagenet_resnet(depth, IMAGENET_CLASSES), (3, size, size), note=note)
