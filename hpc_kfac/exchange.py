@@ -13,7 +13,8 @@ from hpc_kfac.distributed.communicator import Work
 from hpc_kfac.distributed.groups import Groups
 from hpc_kfac.distributed.layout import Message, Slot
 from hpc_kfac.layers import CapturedLayer
-from hpc_kfac.step_plan import SOLVED, WEIGHT, Operation, Problem
+from hpc_kfac.operations import SOLVED, WEIGHT, Operation
+from hpc_kfac.step_plan import Problem
 from hpc_kfac.step_report import LayerState
 
 Finish = Callable[[], None]

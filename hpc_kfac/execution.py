@@ -23,10 +23,11 @@ from hpc_kfac.exchange import Exchange, Finish
 from hpc_kfac.layers import CapturedLayer
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import State
+from hpc_kfac.operations import Due, Operation
 from hpc_kfac.schedule import Similarity, TraceChange
 from hpc_kfac.solving import Solver
 from hpc_kfac.step_control import FixedNorm, StepControl
-from hpc_kfac.step_plan import Due, Operation, Problem
+from hpc_kfac.step_plan import Problem
 from hpc_kfac.step_report import LayerState, StepInputs
 from hpc_kfac.timing import Timeline
 

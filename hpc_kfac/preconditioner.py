@@ -28,11 +28,11 @@ from hpc_kfac.fisher import CrossEntropy, OutputDistribution
 from hpc_kfac.layers import Capture
 from hpc_kfac.methods import KFAC
 from hpc_kfac.methods.method import Method
+from hpc_kfac.operations import Due, Operation
 from hpc_kfac.precision import Precision
 from hpc_kfac.reduction_ratio import ReductionRatio
 from hpc_kfac.schedule import RefreshTimes, Schedule
 from hpc_kfac.step_control import FixedNorm, KLClip, Orthogonal, StepControl
-from hpc_kfac.step_plan import Due, Operation
 from hpc_kfac.step_report import LayerState, StepInputs, StepReport
 from hpc_kfac.timing import Timeline
 

@@ -10,81 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from typing import Literal
 
 import torch
 
-from hpc_kfac.distributed.layout import Slot, in_order
+from hpc_kfac.distributed.layout import Slot
 from hpc_kfac.distributed.placement import Assignment, Unit
 from hpc_kfac.layers.batch import LayerShape
 from hpc_kfac.methods.method import Cost, Method, StateSpec
+from hpc_kfac.operations import SOLVED, UPDATE, WEIGHT, Due, Kind, Operation, buckets, message
 from hpc_kfac.precision import Precision
 from hpc_kfac.step_report import LayerState
-
-Kind = Literal[
-    "fold", "reduce", "scaled", "scatter", "gather", "refresh", "launch", "collect", "broadcast", "precondition",
-    "share", "control",
-]  # fmt: skip
-
-WEIGHT = "weight_"
-"""Slot that carries how many loss terms a rank's running averages stand for; "statistics" or "refresh" follows, since
-what is reduced at the one may be there before what is reduced at the other."""
-SOLVED = "solved"
-"""Slot that carries whether the owner's decomposition succeeded."""
-UPDATE = "update"
-"""Slot that carries a preconditioned gradient."""
-
-
-@dataclass(frozen=True)
-class Due:
-    """What a step has to do.
-
-    Attributes:
-        statistics: fold statistics into the running averages.
-        starting: layers whose decomposition starts.
-        landing: layers whose solved form comes into use; without a lag the same.
-    """
-
-    statistics: bool = False
-    starting: tuple[str, ...] = ()
-    landing: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One entry of a plan.
-
-    Attributes:
-        kind: what is done.
-        layers: the layers concerned.
-        ranks: the ranks that take part.
-        root: the rank whose data count (broadcast, share).
-        slots: what lies in the message.
-        bytes: payload of the message.
-        flops: arithmetic on each taking part rank.
-        part: the part of the layer (refresh, launch, collect).
-    """
-
-    kind: Kind
-    layers: tuple[str, ...]
-    ranks: Sequence[int]
-    root: int | None = None
-    slots: tuple[Slot, ...] = ()
-    bytes: int = 0
-    flops: float = 0.0
-    part: str = ""
-
-    @property
-    def about(self) -> str:
-        """The layers in words."""
-        if len(self.layers) > 2:
-            return f"layers {self.layers[0]} .. {self.layers[-1]}"
-        return ", ".join(f"layer {name or '(the model)'}" for name in self.layers) or "step control"
-
-    def sent(self) -> float:
-        """Bytes that a rank puts on the wire with ring or tree algorithms, averaged over the ranks that take part."""
-        others = (len(self.ranks) - 1) / max(len(self.ranks), 1)
-        return self.bytes * others * (2.0 if self.kind in ("reduce", "scaled", "control") else 1.0)
 
 
 @dataclass(frozen=True)
@@ -244,16 +179,16 @@ class Problem:
                 target = self._target(layer)
                 ranks = (*self.trainers, target) if self.assignment.helpers else tuple(self.trainers)
                 owners.setdefault(ranks, []).append(self._slots(layer, owned, target))
-        for bucket in _buckets(everywhere, self.message_bytes):
-            yield _message("reduce", bucket, self.trainers)
+        for bucket in buckets(everywhere, self.message_bytes):
+            yield message("reduce", bucket, self.trainers)
         if self.precision.scaled:
             triangles = [[slot for slot in group if slot.diagonal] for group in everywhere]
             whole = [[self._triangle(slot) for slot in group] for group in triangles if group]
-            for bucket in _buckets(whole, self.message_bytes):
-                yield _message("scaled", bucket, self.trainers)
+            for bucket in buckets(whole, self.message_bytes):
+                yield message("scaled", bucket, self.trainers)
         for ranks, groups in owners.items():
-            for bucket in _buckets(groups, self.message_bytes):
-                yield _message("scatter", bucket, ranks)
+            for bucket in buckets(groups, self.message_bytes):
+                yield message("scatter", bucket, ranks)
 
     def _target(self, layer: str) -> int:
         """The rank that a running average goes to if it goes to one only."""
@@ -281,7 +216,7 @@ class Problem:
             for spec in self.specs[layer]:
                 if spec.reduce == "gather":
                     slot = Slot(layer, spec.name, spec.shape, self.precision.factors)
-                    yield _message("gather", [slot], self.trainers)
+                    yield message("gather", [slot], self.trainers)
 
     def _solve(self, kind: Kind, layers: Sequence[str]) -> Iterator[Operation]:
         """Decompositions, each rank's in turn, with a broadcast of what is ready before the next ones begin."""
@@ -293,7 +228,7 @@ class Problem:
                     yield self._decomposition(kind, unit, solvers)
                 else:
                     queues.setdefault(solvers[0], []).append(unit)
-        rounds = [list(_buckets([self._solved(unit) for unit in queue], self.message_bytes))
+        rounds = [list(buckets([self._solved(unit) for unit in queue], self.message_bytes))
                   for _, queue in sorted(queues.items())]  # fmt: skip
         for turn in zip_longest(*rounds, fillvalue=()):
             for rank, bucket in zip(sorted(queues), turn, strict=True):
@@ -334,7 +269,7 @@ class Problem:
                     flag = flags[slot.layer, SOLVED + spec.part]
                     slots += [slot] if flag in slots else [slot, flag]
         for ranks, slots in audiences.items():
-            yield _message("broadcast", slots, ranks, root)
+            yield message("broadcast", slots, ranks, root)
 
     def _audience(self, layer: str, spec: StateSpec, root: int) -> Sequence[int]:
         if self.assignment.helpers:
@@ -360,7 +295,7 @@ class Problem:
         for layer, shape in self.shapes.items():
             slot = Slot(layer, UPDATE, (shape.blocks, shape.outputs, shape.inputs), self.precision.wire)
             groups.setdefault(assignment.group(assignment.owner[layer]), []).append(slot)
-        messages = {group: _message("share", slots, ()) for group, slots in groups.items()}
+        messages = {group: message("share", slots, ()) for group, slots in groups.items()}
         for root in self.trainers:
             like = messages.get(assignment.group(root))
             if like is not None:
@@ -375,19 +310,3 @@ def units_of(method: Method, shapes: Mapping[str, LayerShape]) -> dict[str, tupl
         solves = any(spec.role == "solved" for spec in method.state(shape))
         parts[shape] = method.parts(shape) if solves else ()
     return {layer: tuple((layer, part) for part in parts[shape]) for layer, shape in shapes.items()}
-
-
-def _message(kind: Kind, slots: Sequence[Slot], ranks: Sequence[int], root: int | None = None) -> Operation:
-    layers = tuple(dict.fromkeys(slot.layer for slot in slots))
-    return Operation(kind, layers, ranks, root, in_order(slots), sum(slot.bytes for slot in slots))
-
-
-def _buckets(groups: Sequence[list[Slot]], limit: int) -> Iterator[list[Slot]]:
-    bucket: list[Slot] = []
-    for group in groups:
-        if bucket and sum(slot.bytes for slot in bucket + group) > limit:
-            yield bucket
-            bucket = []
-        bucket = bucket + group
-    if bucket:
-        yield bucket

@@ -19,7 +19,7 @@ from hpc_kfac.capacity.options import parse
 from hpc_kfac.capacity.run import Run, read_run
 from hpc_kfac.capacity.simulate import simulate
 from hpc_kfac.distributed import Kaisa
-from hpc_kfac.step_plan import Due
+from hpc_kfac.operations import Due
 from hpc_kfac.timing import Timeline
 from hpc_kfac.training.launch import InputError, Ranks
 

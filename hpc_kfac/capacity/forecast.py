@@ -21,10 +21,11 @@ from hpc_kfac.capacity.times import Settings, Times, times
 from hpc_kfac.costs import declared_costs, place, refresh_flops
 from hpc_kfac.distributed import Kaisa, Rates, Unit, UnitCost
 from hpc_kfac.methods.method import Method
+from hpc_kfac.operations import Due
 from hpc_kfac.precision import Precision
 from hpc_kfac.schedule import RefreshTimes, Schedule
 from hpc_kfac.step_control import FixedNorm
-from hpc_kfac.step_plan import Due, Problem
+from hpc_kfac.step_plan import Problem
 
 LONGEST = 1000  # steps of a period
 

@@ -21,7 +21,8 @@ from hpc_kfac.capacity.machine import Machine
 from hpc_kfac.capacity.model_costs import ModelCosts
 from hpc_kfac.capacity.times import Settings, Times
 from hpc_kfac.execution import EARLY, LONG, NEEDS
-from hpc_kfac.step_plan import Due, Operation, Problem
+from hpc_kfac.operations import Due, Operation
+from hpc_kfac.step_plan import Problem
 from hpc_kfac.timing import Timeline
 
 COLLECTIVES = ("reduce", "scaled", "scatter", "gather", "broadcast", "share")

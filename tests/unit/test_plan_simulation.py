@@ -17,7 +17,8 @@ from hpc_kfac.capacity.machine import Machine, load
 from hpc_kfac.capacity.model_costs import ModelCosts, model_costs
 from hpc_kfac.capacity.simulate import Step, simulate
 from hpc_kfac.capacity.times import Settings, times
-from hpc_kfac.step_plan import Due, Problem
+from hpc_kfac.operations import Due
+from hpc_kfac.step_plan import Problem
 from hpc_kfac.timing import Timeline
 from hpc_kfac.training.models_vision import mlp
 from hpc_kfac.training.outlines import Outline
