@@ -59,7 +59,7 @@ def final_error(method: hk.Method, refresh: int, steps: int, seed: int, ranks: R
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file")
     given = parser.parse_args()
