@@ -108,11 +108,9 @@ def picture(reports: dict[str, dict[str, Any]], path: Path) -> None:
     for mark, shift, (task, found) in zip(MARKS, (0.21, 0.07, -0.07, -0.21), tables.items(), strict=False):
         best = min(row["seconds"][0] for row in found.values() if row["seconds"])
         there = {n: row["seconds"][0] / best for n, row in found.items() if row["seconds"]}
-        color = axes.plot(list(there.values()), [order.index(n) + shift for n in there], mark, label=task, ms=5)[
-            0
-        ].get_color()
+        (marks,) = axes.plot(list(there.values()), [order.index(n) + shift for n in there], mark, label=task, ms=5)
         missed = [n for n in found if n not in there]
-        axes.plot([edge] * len(missed), [order.index(n) + shift for n in missed], mark, mfc="none", mec=color, ms=5)
+        axes.plot([edge] * len(missed), [order.index(n) + shift for n in missed], mark, mfc="none", mec=marks.get_color(), ms=5)
     axes.set_xscale("log")
     axes.set_xticks([1, 2, 3, 5, edge], ["1", "2", "3", "5", "not\nreached"])
     axes.minorticks_off()
