@@ -110,7 +110,8 @@ def picture(reports: dict[str, dict[str, Any]], path: Path) -> None:
         there = {n: row["seconds"][0] / best for n, row in found.items() if row["seconds"]}
         (marks,) = axes.plot(list(there.values()), [order.index(n) + shift for n in there], mark, label=task, ms=5)
         missed = [n for n in found if n not in there]
-        axes.plot([edge] * len(missed), [order.index(n) + shift for n in missed], mark, mfc="none", mec=marks.get_color(), ms=5)
+        color, places = marks.get_color(), [order.index(n) + shift for n in missed]
+        axes.plot([edge] * len(missed), places, mark, mfc="none", mec=color, ms=5)
     axes.set_xscale("log")
     axes.set_xticks([1, 2, 3, 5, edge], ["1", "2", "3", "5", "not\nreached"])
     axes.minorticks_off()

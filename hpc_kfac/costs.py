@@ -71,7 +71,7 @@ def place(
     Raises:
         ValueError: method, placement, precision and the number of ranks do not go together.
     """
-    problem = Problem(shapes, method, placement.assign(costs, ranks), precision)
+    problem = Problem(shapes, method, placement.suited(method.refreshed_by_all).assign(costs, ranks), precision)
     problem.check()
     return problem
 

@@ -77,12 +77,14 @@ def candidates(
             continue
         if method != own_method:
             settings = replace(own, method=METHODS[method]())
+        assert settings.method is not None
+        given = placement.suited(settings.method.refreshed_by_all and own.averaging != "owner")
         for schedule in choice.schedules:
             for dtype in choice.precisions:
                 if dtype is not None:
                     precision = replace(own.precision, payload=dtype, apply=dtype)
                     settings = replace(settings, precision=precision)
-                for name, other, averaging in placements(placement, own.averaging, ranks):
+                for name, other, averaging in placements(given, own.averaging, ranks):
                     case = Case(replace(settings, averaging=averaging), other, schedule, ranks, samples)
                     yield Candidate(method, name, case, samples_alone=other.factors == "local")
 
@@ -162,7 +164,7 @@ def settings_to_paste(candidate: Candidate, samples: float) -> str:
     case = candidate.case
     placement, schedule, precision = case.placement, case.schedule, case.settings.precision
     lines = [f"global_batch: {round(samples * case.ranks)}", f"averaging: {case.settings.averaging}"]
-    options = f"grad_worker_fraction: {placement.grad_worker_fraction:g}"
+    options = f"grad_worker_fraction: {placement.fraction:g}"
     options += f", factors: {placement.factors}" if placement.factors != "all" else ""
     options += ", colocate: false" if not placement.colocate else ""
     options += f", helpers: {placement.helpers}" if placement.helpers else ""

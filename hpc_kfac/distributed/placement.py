@@ -14,7 +14,7 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Literal, TypeVar
 
@@ -119,7 +119,7 @@ class Kaisa:
     Args:
         grad_worker_fraction: share of the ranks that precondition a layer: 1 (COMM-OPT), 1/p or 0 (MEM-OPT: one rank),
             or between; fraction times p must be a divisor of p. None is 0, and 1 where helpers, all_local or factors
-            apart are of use only to several.
+            apart are of use only to several, or where a method's solved forms are never sent.
         colocate: false lets different ranks of a group decompose the factors of one layer.
         factors: "all" averages running factors over all ranks; "owner" reduces them to the layer's owner alone, so
             that they exist once; "local" takes the owner's samples only, without factor traffic (Zhang et al. 2022).
@@ -140,9 +140,6 @@ class Kaisa:
     costs: Literal["declared", "measured"] = "declared"
 
     def __post_init__(self) -> None:
-        if self.grad_worker_fraction is None:
-            several = self.helpers > 0 or self.all_local is not None or not self.colocate
-            object.__setattr__(self, "grad_worker_fraction", float(several))
         if not 0.0 <= self.fraction <= 1.0:
             raise ValueError(f"grad_worker_fraction is {self.grad_worker_fraction}; give a number from 0 to 1")
         if self.factors not in ("all", "owner", "local"):
@@ -168,9 +165,20 @@ class Kaisa:
 
     @property
     def fraction(self) -> float:
-        """The share of the ranks that precondition a layer, None worked out."""
-        assert self.grad_worker_fraction is not None
-        return self.grad_worker_fraction
+        """The share of the ranks that precondition a layer, None worked out as for a method that sends solved forms."""
+        if self.grad_worker_fraction is not None:
+            return self.grad_worker_fraction
+        return float(self.helpers > 0 or self.all_local is not None or not self.colocate)
+
+    def suited(self, by_all: bool) -> Kaisa:
+        """The same with None worked out.
+
+        Args:
+            by_all: every rank makes the solved forms that it needs, so that a preconditioned gradient would be the only
+                thing to be sent.
+        """
+        everywhere = by_all and self.factors == "all" and self.grad_worker_fraction is None
+        return replace(self, grad_worker_fraction=1.0 if everywhere else self.fraction)
 
     def assign(self, costs: Mapping[Unit, UnitCost], ranks: int) -> Assignment:
         """Places layers on ranks. Deterministic: equal on all ranks without communication.

@@ -33,6 +33,7 @@ class Eva(Method):
     """
 
     name: ClassVar[str] = "eva"
+    refreshed_by_all: ClassVar[bool] = True
     damping: float | Damping = 0.03
     decay: float = 0.95
 

@@ -82,7 +82,7 @@ class Method(ABC):
     reads: ClassVar[Literal["samples", "gradients"]] = "samples"
     """Whether statistics come from the samples of each rank, or from the averaged gradient alone."""
     refreshed_by_all: ClassVar[bool] = False
-    """Whether a refresh takes so little that every rank does its own, and the result is never sent."""
+    """Whether a refresh takes so little, or nothing, that every rank does its own, and the result is never sent."""
 
     def __init_subclass__(cls) -> None:
         """Completes the docstring by the settings of its parents: help texts are made of it."""

@@ -131,6 +131,8 @@ def make_preconditioner(
     if method is None:
         return FirstOrder(model, ranks, run.max_skipped)
     components = {key: parts[key]() for key in ("placement", "schedule", "step_control", "precision")}
+    if settings.run.averaging == "owner":  # which is for one grad worker a layer
+        components["placement"] = components["placement"].suited(by_all=False)
     try:
         return Preconditioner(
             model,

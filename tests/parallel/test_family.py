@@ -62,7 +62,7 @@ def test_rank_one_methods_send_vectors_alone(comm, name):
     shapes = [layer.shape for layer in preconditioner.capture.layers.values()]
     numbers = sum(shape.blocks * (shape.inputs + (name != "eva-f") * shape.outputs) for shape in shapes)
     assert preconditioner.traffic["reduce"] == STEPS * 8 * (numbers + len(shapes))
-    assert not any(preconditioner.traffic[kind] for kind in ("broadcast", "gather", "scatter", "scaled"))
+    assert not any(preconditioner.traffic[kind] for kind in ("broadcast", "gather", "scatter", "scaled", "share"))
 
 
 @pytest.mark.ranks(2)

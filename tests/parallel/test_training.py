@@ -77,6 +77,14 @@ def test_owners_update_alike(tmp_path: Path, factors: str) -> None:
 
 
 @pytest.mark.ranks(2)
+def test_owners_update_with_a_method_that_would_have_every_rank_work(tmp_path: Path) -> None:
+    ranks = join()
+    owners = trained(["--averaging", "owner", "--method", "eva"], ranks, tmp_path)
+    plain = trained(["--averaging", "mpi4py", "--method", "eva"], ranks, tmp_path)
+    torch.testing.assert_close(owners, plain, rtol=0, atol=1e-10)
+
+
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     ("words", "message"),
     [

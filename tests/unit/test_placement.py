@@ -211,6 +211,23 @@ def test_zero_fraction_is_one_worker():
     assert Kaisa(0.0).assign({("a", ""): UnitCost(1.0)}, 6).workers == 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "by_all", "fraction"),
+    [
+        ({}, False, 0.0),
+        ({}, True, 1.0),  # nothing is sent to the grad workers, so all may be
+        ({"grad_worker_fraction": 0.5}, True, 0.5),
+        ({"factors": "local"}, True, 0.0),
+        ({"factors": "owner"}, True, 0.0),
+        ({"helpers": 1}, False, 1.0),
+        ({"colocate": False}, False, 1.0),
+        ({"all_local": MIXED}, False, 1.0),
+    ],
+)
+def test_fraction_that_is_not_given_suits_the_method(settings, by_all, fraction):
+    assert Kaisa(**settings).suited(by_all) == Kaisa(**{**settings, "grad_worker_fraction": fraction})
+
+
 def test_fraction_that_cannot_be_honoured_names_the_valid_ones():
     with pytest.raises(ValueError, match=r"fraction 0.4 cannot be honoured by 4 ranks; use one of 1/4=0.25"):
         Kaisa(0.4).assign({("a", ""): UnitCost(1.0)}, 4)
