@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.linalg.workspace import Workspace
-from hpc_kfac.methods.kronecker import EIGH, Kronecker, eigenvalue_grid
+from hpc_kfac.methods.factored import EIGH
+from hpc_kfac.methods.kronecker import Kronecker, eigenvalue_grid
 from hpc_kfac.methods.method import Cost, State, StateSpec
 
 if TYPE_CHECKING:

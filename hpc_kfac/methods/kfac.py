@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.linalg.workspace import Workspace
-from hpc_kfac.methods.kronecker import COMPOSE, EIGH, INVERSE, Kronecker, mean_or_one
+from hpc_kfac.methods.factored import COMPOSE, EIGH, INVERSE
+from hpc_kfac.methods.kronecker import Kronecker, mean_or_one
 from hpc_kfac.methods.method import Cost, State, StateSpec
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from torch import Tensor
 from hpc_kfac.linalg.solve import relative_eigh
 from hpc_kfac.linalg.structure import Dense
 from hpc_kfac.linalg.workspace import Workspace
+from hpc_kfac.methods.factored import EIGH, INVERSE
 from hpc_kfac.methods.kfac import KFAC
-from hpc_kfac.methods.kronecker import EIGH, INVERSE
 from hpc_kfac.methods.method import Cost, State, StateSpec
 
 if TYPE_CHECKING:
