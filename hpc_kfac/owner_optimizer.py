@@ -8,6 +8,7 @@ beyond a first-order one; curvature, solved forms and the optimizer's state exis
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,8 +86,16 @@ class OwnerOptimizer:
         self._bucket_of = {id(p): bucket for bucket in self._buckets for p in bucket.parameters}
         self._seen: dict[int, int] = {}
         self._next = 0
+        # Weakly: the garbage collector does not see what torch's hooks on parameters hold.
+        found = weakref.ref(self)
+
+        def reached(parameter: Tensor) -> None:
+            owners = found()
+            if owners is not None:
+                owners._reached(parameter)
+
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._reached)
+            parameter.register_post_accumulate_grad_hook(reached)
         self._begin()
 
     @property

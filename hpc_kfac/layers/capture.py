@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -179,9 +180,13 @@ class Capture:
             if self.armed and (self.only is None or layer.name in self.only):
                 self._note(layer, args[0] if args else kwargs["input"], output)
 
+        # The garbage collector does not see what torch's hooks on parameters hold: a cycle through them stays for good.
+        name, found = layer.name, weakref.ref(self)
+
         def gradient(parameter: nn.Parameter) -> None:
-            if self.armed and self.on_gradient is not None:
-                self.on_gradient(layer.name)
+            capture = found()
+            if capture is not None and capture.armed and capture.on_gradient is not None:
+                capture.on_gradient(name)
 
         return [
             layer.module.register_forward_hook(forward, with_kwargs=True),

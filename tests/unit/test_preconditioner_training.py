@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -201,6 +204,28 @@ def test_observe_is_no_second_backward(fisher: str) -> None:
     assert sorted(fired) == list(range(6))
     for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.equal(parameter.grad, expected.grad)
+
+
+@pytest.mark.parametrize("owners", [False, True])
+def test_what_is_dropped_is_freed(owners: bool) -> None:
+    """Many trainings in one process: neither the model nor the curvature of one that is over stays in memory."""
+
+    def trained() -> list[weakref.ref[Any]]:
+        model = net()
+        preconditioner = preconditioner_of(model, placement=hk.Kaisa(0) if owners else None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sharded = hk.OwnerOptimizer(optimizer, model, preconditioner) if owners else None
+        backward(preconditioner, model)
+        if sharded is not None:
+            sharded.synchronize()
+        preconditioner.step()
+        (sharded or optimizer).step()
+        state = next(iter(preconditioner.states.values())).running["A"]
+        return [weakref.ref(thing) for thing in (model, model[0].weight, preconditioner, state)]
+
+    found = trained()
+    gc.collect()
+    assert [ref() for ref in found] == [None] * 4
 
 
 class Branches(nn.Module):
