@@ -141,6 +141,13 @@ class Run:
                 self._evaluate()
         if self._seconds >= self.spec.seconds * (1 - 0.05 / TURNS):
             self.over = True
+        if self.over:
+            self._empty()
+
+    def _empty(self) -> None:
+        """Frees weights and gradients, which Horovod's hooks would keep for as long as the process lasts."""
+        for parameter in self._model.parameters():
+            parameter.grad, parameter.data = None, torch.empty(0)
 
     def steps(self, count: int) -> None:
         """Takes so many steps, without evaluation."""

@@ -219,6 +219,7 @@ def test_runs_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         assert seconds == pytest.approx(0.05) and steps == 25 and figure is not None
         assert [point[1] for point in run.result.curve] == sorted({point[1] for point in run.result.curve})
         assert 12 <= len(run.result.curve) <= runs.TURNS + 1
+        assert not any(parameter.numel() for parameter in run._model.parameters())  # hundreds follow in one process
 
 
 def test_same_weights_and_data_order() -> None:
