@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpc_kfac.damping import as_damping
-from hpc_kfac.linalg.solve import damped_inverse, positive_eigh, require_finite, spectral
+from hpc_kfac.linalg.solve import damped_inverse, positive_eigh, require_finite, resolvable, spectral
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import State, StateSpec
 from hpc_kfac.methods.sample_matrix import SampleMatrix, row_kernel, row_products
@@ -101,12 +101,14 @@ class HyLo(SampleMatrix):
         # (C^-1 + K)^-1 of the coupling C, the paper's C - C (K^-1 + C)^-1 C, without an inverse of either.
         values, basis = positive_eigh(coupling)
         root = spectral(values.sqrt(), basis)
-        inverse = root @ damped_inverse(root @ row_kernel(state["X"], state["R"]) @ root, 1.0) @ root
+        whitened = root @ row_kernel(state["X"], state["R"]) @ root
+        raised = resolvable(whitened, 1.0)
+        inverse = root @ damped_inverse(whitened, raised) @ root
         return {
             "X_solved": state["X"].clone(),
             "R_solved": state["R"].clone(),
             "kernel_inverse": (inverse + inverse.mT).mul_(0.5),
-            "kernel_damping": state["X"].new_full((shape.blocks,), damping),
+            "kernel_damping": raised * damping,
         }
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:

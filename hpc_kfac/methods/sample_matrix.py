@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from hpc_kfac.linalg.solve import damped_inverse, multiply
+from hpc_kfac.linalg.solve import damped_inverse, multiply, resolvable
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, State, StateSpec
 from hpc_kfac.methods.sample_rows import SampleRows, samples
@@ -38,11 +38,12 @@ class SampleMatrix(SampleRows):
         inputs = state["X"].clone()
         outputs = state["R"] / samples(state).sqrt()
         kernel = row_kernel(inputs, outputs)
+        dampings = resolvable(kernel, damping)
         return {
             "X_solved": inputs,
             "R_solved": outputs,
-            "kernel_inverse": damped_inverse(kernel, damping),
-            "kernel_damping": inputs.new_full((shape.blocks,), damping),
+            "kernel_inverse": damped_inverse(kernel, dampings),
+            "kernel_damping": dampings,
         }
 
     def precondition(

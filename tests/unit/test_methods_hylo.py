@@ -103,6 +103,18 @@ def test_degenerate_input(select: str, kind: str, scale: float) -> None:
     assert bool(torch.isfinite(found).all()) and float((found * batch.gradient()).sum()) >= 0
 
 
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+@pytest.mark.parametrize("kind", ["rank one", "full rank"])
+def test_sampled_rows_stand_a_kernel_far_above_the_damping(kind: str, scale: float) -> None:
+    batch = correlated_batch(2, 9, 1, 4, 5)
+    x, g = batch.x * scale, batch.g * scale
+    if kind == "rank one":
+        x, g = x[:, :1].expand_as(x), g[:, :1].expand_as(g)
+    batch = FakeBatch(x, g)
+    found = update(HyLo(rows=4, select="kis", damping=DAMPING), batch)
+    assert float((found * batch.gradient()).sum()) > 0
+
+
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ValueError, match="select is 'all'"):
         HyLo(select="all")
