@@ -103,12 +103,7 @@ def cell(row: Row | None) -> str:
 
 def standing(contender: str, tables: dict[str, dict[str, Row]]) -> float:
     """Mean over tasks of log(seconds over the fastest one's); what was not reached counts as four times as many."""
-    logs = []
-    for found in tables.values():
-        best = min(row["seconds"][0] for row in found.values() if row["seconds"])
-        row = found.get(contender)
-        logs.append(math.log(row["seconds"][0] / best) if row and row["seconds"] else math.log(4))
-    return statistics.fmean(logs)
+    return statistics.fmean(math.log(over_fastest(found).get(contender, 4.0)) for found in tables.values())
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:
@@ -161,6 +156,12 @@ def label(name: str) -> str:
     return OTHERS.get(name, name.removeprefix("our_"))
 
 
+def over_fastest(found: dict[str, Row]) -> dict[str, float]:
+    """Seconds to the target over those of the fastest contender, of those that reached it."""
+    seconds = {name: row["seconds"][0] for name, row in found.items() if row["seconds"]}
+    return {name: value / min(seconds.values()) for name, value in seconds.items()}
+
+
 def picture(reports: dict[str, dict[str, Any]], path: Path) -> None:
     """Seconds to the target over those of the fastest; open marks at the right edge: not reached."""
     import matplotlib
@@ -171,21 +172,21 @@ def picture(reports: dict[str, dict[str, Any]], path: Path) -> None:
     tables = {task: rows(report) for task, report in reports.items()}
     order = sorted({name for found in tables.values() for name in found}, key=lambda n: -standing(n, tables))
     figure, axes = pyplot.subplots(figsize=(8, 0.3 * len(order) + 1.4), layout="constrained")
-    edge = 8.0
+    ratios = {task: over_fastest(found) for task, found in tables.items()}
+    edge = 1.3 * max(max(there.values()) for there in ratios.values())
     for mark, shift, (task, found) in zip(MARKS, (0.21, 0.07, -0.07, -0.21), tables.items(), strict=False):
-        best = min(row["seconds"][0] for row in found.values() if row["seconds"])
-        there = {n: row["seconds"][0] / best for n, row in found.items() if row["seconds"]}
+        there = ratios[task]
         (marks,) = axes.plot(list(there.values()), [order.index(n) + shift for n in there], mark, label=task, ms=5)
         missed = [n for n in found if n not in there]
         color, places = marks.get_color(), [order.index(n) + shift for n in missed]
         axes.plot([edge] * len(missed), places, mark, mfc="none", mec=color, ms=5)
     axes.set_xscale("log")
-    axes.set_xticks([1, 2, 3, 5, edge], ["1", "2", "3", "5", "not\nreached"])
+    axes.set_xticks([1, 2, 3, 5, 8, edge], ["1", "2", "3", "5", "8", "not\nreached"])
     axes.minorticks_off()
     axes.set_yticks(range(len(order)), [label(name) for name in order])
     axes.grid(alpha=0.3)
     axes.set_xlabel("seconds to the task's target, over the fastest; median of three seeds")
-    axes.legend(loc="lower right", bbox_to_anchor=(0.93, 0.0))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(tables), frameon=False)
     figure.savefig(path, dpi=110)
 
 
