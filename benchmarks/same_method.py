@@ -32,8 +32,8 @@ def points(every: int, refresh: int) -> dict[str, tuple[str, dict[str, Any]]]:
     return {
         "SGD": ("sgd", {"lr": 0.01}),
         "ours, eigen, float32": ("kfac_clip", {**ours, "solver": "eigen", "bf16": False}),
-        "ours, eigen": ("kfac_clip", {**ours, "solver": "eigen"}),
-        "ours, Cholesky": ("kfac_clip", ours),
+        "ours, eigen, bfloat16": ("kfac_clip", {**ours, "solver": "eigen", "bf16": True}),
+        "ours, Cholesky, the faster of the two": ("kfac_clip", ours),
         "kfac-pytorch, eigen": ("kfac_pytorch", theirs),
         "kfac-pytorch, inverse": ("kfac_pytorch", {**theirs, "solver": "inverse"}),
     }

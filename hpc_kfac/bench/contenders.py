@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 import hpc_kfac as hk
+from hpc_kfac.linalg.half import bfloat16_is_faster
 from hpc_kfac.training.averaging import make_averaging
 from hpc_kfac.training.config import KINDS
 from hpc_kfac.training.launch import Ranks
@@ -148,7 +149,7 @@ def ours(
     statistics: int = 20,
     refresh: int = 100,
     early: int = 10,
-    bf16: bool = True,
+    bf16: bool | None = None,
     fisher: str = "empirical",
     **settings: Any,
 ) -> tuple[Optimizer, dict[str, Any]]:
@@ -168,7 +169,7 @@ def ours(
         statistics: interval.
         refresh: interval from step `refresh` on.
         early: both intervals before: the first factors age fastest.
-        bf16: rows and applied matrices in bfloat16.
+        bf16: rows and applied matrices in bfloat16; None: where that is faster.
         fisher: source of the output gradients.
         settings: of the method.
     """
@@ -179,6 +180,8 @@ def ours(
         for name, module in model.named_modules()
         if not isinstance(module, WEIGHT_LAYERS) and any(p.requires_grad for p in module.parameters(recurse=False))
     ]
+    if bf16 is None:
+        bf16 = bfloat16_is_faster(next(model.parameters()).device.type)
     components = {
         "method": method(damping=hk.AnnealedDamping(damping) if annealed else damping, **settings),
         "schedule": hk.Schedule({0: early, refresh: statistics}, {0: early, refresh: refresh}),

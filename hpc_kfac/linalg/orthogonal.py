@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpc_kfac.linalg.half import bfloat16_is_faster
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of x -> a x + b x^3 + c x^5, which carries (0, 1] to about (0.7, 1.2) in few iterations (Jordan et al. 2024)."""
 
@@ -13,7 +15,8 @@ def orthogonal(matrices: Tensor, iterations: int) -> Tensor:
     """About U V^T of every matrix U S V^T: singular values between about 0.7 and 1.2, where they were not too small.
 
     Args:
-        matrices: [p, m, n]; not changed. float32 is multiplied in bfloat16, which is enough for so coarse a result.
+        matrices: [p, m, n]; not changed. float32 is multiplied in bfloat16 where that is faster: enough for so coarse a
+            result.
         iterations: each makes small singular values 3.4 times larger; 5 carry up from 1/500 of the matrix's norm.
 
     Returns:
@@ -22,7 +25,8 @@ def orthogonal(matrices: Tensor, iterations: int) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     norms = torch.linalg.matrix_norm(x, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny)
-    x = (x / norms).to(torch.bfloat16 if x.dtype == torch.float32 else x.dtype)
+    half = x.dtype == torch.float32 and bfloat16_is_faster(x.device.type)
+    x = (x / norms).to(torch.bfloat16 if half else x.dtype)
     a, b, c = COEFFICIENTS
     for _ in range(iterations):
         square = torch.bmm(x, x.mT)
