@@ -29,7 +29,7 @@ AUTOENCODER: dict[str, list[Settings]] = {
     "sgd": grid(lr=[3e-4, 6e-4, 1e-3, 1.5e-3, 2e-3, 4e-3]),
     "adamw": grid(lr=[4e-4, 7e-4, 1e-3, 1.5e-3, 2.5e-3, 4e-3]),
     "muon": grid(lr=[0.005, 0.01, 0.02], momentum=[0.9, 0.95], last=True),
-    "shampoo": grid(lr=[3e-4, 1e-3, 3e-3], preconditioning_compute_steps=[20, 100]),
+    "shampoo": grid(lr=[3e-5, 1e-4, 3e-4], preconditioning_compute_steps=[20, 100]),
     "soap": grid(lr=[1e-3, 3e-3, 6e-3], precondition_frequency=[10, 50]),
     "kron": grid(lr=[3e-4, 6e-4, 1e-3, 2e-3, 4e-3, 8e-3]),
     "adahessian": grid(lr=[0.01, 0.05, 0.15], period=[1, 10]),
