@@ -159,7 +159,8 @@ def label(name: str) -> str:
 def over_fastest(found: dict[str, Row]) -> dict[str, float]:
     """Seconds to the target over those of the fastest contender, of those that reached it."""
     seconds = {name: row["seconds"][0] for name, row in found.items() if row["seconds"]}
-    return {name: value / min(seconds.values()) for name, value in seconds.items()}
+    fastest = min(seconds.values())
+    return {name: value / fastest for name, value in seconds.items()}
 
 
 def picture(reports: dict[str, dict[str, Any]], path: Path) -> None:

@@ -39,8 +39,8 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
     return work
 
 
-def resolvable(kernel: Tensor, damping: float) -> Tensor:
-    """The damping [p], raised where it is too small for Woodbury's identity in this precision.
+def woodbury_inverse(kernel: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """(K + damping I)^-1 and the damping [p], raised where it is too small for Woodbury's identity in this precision.
 
     In (I - V^T (K + damping I)^-1 V) / damping two nearly equal terms are subtracted: what remains in the direction of
     K's largest value k is off by (k / damping)^2 rounding errors, and could point anywhere. With a damping of
@@ -49,9 +49,13 @@ def resolvable(kernel: Tensor, damping: float) -> Tensor:
     Args:
         kernel: K, positive semi-definite [p, n, n].
         damping: wanted.
+
+    Raises:
+        torch.linalg.LinAlgError: as `damped_inverse`.
     """
     least = 2.0 * torch.finfo(kernel.dtype).eps ** 0.5
-    return (kernel.diagonal(dim1=-2, dim2=-1).sum(-1) * least).clamp_(min=damping)
+    raised = (kernel.diagonal(dim1=-2, dim2=-1).sum(-1) * least).clamp_(min=damping)
+    return damped_inverse(kernel, raised), raised
 
 
 def positive_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

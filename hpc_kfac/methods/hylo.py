@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpc_kfac.damping import as_damping
-from hpc_kfac.linalg.solve import damped_inverse, positive_eigh, require_finite, resolvable, spectral
+from hpc_kfac.linalg.solve import damped_inverse, positive_eigh, require_finite, spectral, woodbury_inverse
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import State, StateSpec
 from hpc_kfac.methods.sample_matrix import SampleMatrix, row_kernel, row_products
@@ -101,9 +101,8 @@ class HyLo(SampleMatrix):
         # (C^-1 + K)^-1 of the coupling C, the paper's C - C (K^-1 + C)^-1 C, without an inverse of either.
         values, basis = positive_eigh(coupling)
         root = spectral(values.sqrt(), basis)
-        whitened = root @ row_kernel(state["X"], state["R"]) @ root
-        raised = resolvable(whitened, 1.0)
-        inverse = root @ damped_inverse(whitened, raised) @ root
+        whitened, raised = woodbury_inverse(root @ row_kernel(state["X"], state["R"]) @ root, 1.0)
+        inverse = root @ whitened @ root
         return {
             "X_solved": state["X"].clone(),
             "R_solved": state["R"].clone(),

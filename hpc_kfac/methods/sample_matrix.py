@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from hpc_kfac.linalg.solve import damped_inverse, multiply, resolvable
+from hpc_kfac.linalg.solve import multiply, woodbury_inverse
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, State, StateSpec
 from hpc_kfac.methods.sample_rows import SampleRows, samples
@@ -37,13 +37,12 @@ class SampleMatrix(SampleRows):
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         inputs = state["X"].clone()
         outputs = state["R"] / samples(state).sqrt()
-        kernel = row_kernel(inputs, outputs)
-        dampings = resolvable(kernel, damping)
+        inverse, raised = woodbury_inverse(row_kernel(inputs, outputs), damping)
         return {
             "X_solved": inputs,
             "R_solved": outputs,
-            "kernel_inverse": damped_inverse(kernel, dampings),
-            "kernel_damping": dampings,
+            "kernel_inverse": inverse,
+            "kernel_damping": raised,
         }
 
     def precondition(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.damping import Damping
-from hpc_kfac.linalg.solve import damped_inverse, multiply, require_finite, resolvable
+from hpc_kfac.linalg.solve import multiply, require_finite, woodbury_inverse
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, State, StateSpec
 from hpc_kfac.methods.sample_rows import SampleRows, samples
@@ -73,8 +73,8 @@ class SENG(SampleRows):
             require_finite(rows, name)
             sketch = self._sketch(rows, 2)
             kernel = kernel * multiply(sketch, sketch.mT) * (rows.shape[2] / sketch.shape[2])
-        dampings = resolvable(kernel, damping)
-        return {**solved, "kernel_inverse": damped_inverse(kernel, dampings), "kernel_damping": dampings}
+        inverse, raised = woodbury_inverse(kernel, damping)
+        return {**solved, "kernel_inverse": inverse, "kernel_damping": raised}
 
     def _sketch(self, tensor: Tensor, axis: int) -> Tensor:
         """Evenly spaced entries along an axis."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpc_kfac.linalg.solve import damped_inverse, resolvable
+from hpc_kfac.linalg.solve import woodbury_inverse
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -17,11 +17,12 @@ def test_woodbury_is_right_within_a_quarter(dtype: torch.dtype, ratio: float, se
     row = torch.randn(1, 1, 23, dtype=torch.float64, generator=generator)
     row = (row / row.norm() * (ratio / 9) ** 0.5).to(dtype)
     rows = row.expand(1, 9, 23)
-    damping = resolvable(rows @ rows.mT, 1.0)
-    found = (row.mT - rows.mT @ (damped_inverse(rows @ rows.mT, damping) @ (rows @ row.mT))) / damping
+    inverse, damping = woodbury_inverse(rows @ rows.mT, 1.0)
+    found = (row.mT - rows.mT @ (inverse @ (rows @ row.mT))) / damping
     torch.testing.assert_close(found, row.mT / (ratio + damping), rtol=0.25, atol=0.0)
 
 
 def test_a_sufficient_damping_stays() -> None:
     kernel = torch.eye(4, dtype=torch.float64).expand(2, 4, 4) * torch.tensor([1.0, 1e12])[:, None, None]
-    assert resolvable(kernel, 0.3).tolist() == [0.3, pytest.approx(8 * 1e12 * torch.finfo(torch.float64).eps ** 0.5)]
+    _, damping = woodbury_inverse(kernel, 0.3)
+    assert damping.tolist() == [0.3, pytest.approx(8 * 1e12 * torch.finfo(torch.float64).eps ** 0.5)]
