@@ -70,9 +70,9 @@ class Agreement:
         self._others = [p for p in parameters if id(p) not in captured]
         self._captured = [p for p in parameters if id(p) in captured]
         device = parameters[0].device
-        self._index = {name: i for i, name in enumerate(layers)}
         self._products = torch.zeros(len(layers), LOGGED, dtype=dtype, device=device)
-        self._squares = torch.zeros(max(len(self._others), 1), dtype=dtype, device=device)
+        self._rows = {name: row.split(1) for name, row in zip(layers, self._products, strict=True)}
+        self._squares = torch.zeros(len(self._others), dtype=dtype, device=device)
         self._scale = torch.ones((), dtype=dtype, device=device)
         self._vectors: dict[int, Tensor] = {}
         self._measured: set[str] = set()
@@ -86,19 +86,19 @@ class Agreement:
 
     def measure(self, name: str, update: Tensor, gradient: Tensor, log: bool) -> None:
         """Notes <U, D> of a layer that this rank preconditions; with `log` also <U, U> and <D, D>."""
-        row = self._products[self._index[name]]
-        _dot(update, gradient, row[:1])
+        row = self._rows[name]
+        _dot(update, gradient, row[0])
         if log:
-            _dot(update, update, row[1:2])
-            _dot(gradient, gradient, row[2:3])
+            _dot(update, update, row[1])
+            _dot(gradient, gradient, row[2])
         self._measured.add(name)
 
     def measure_size(self, name: str, update: Tensor, staleness: int) -> None:
         """Notes how large a layer's update is by its weights, and how old its curvature; on logged steps alone."""
-        row = self._products[self._index[name]]
+        row = self._rows[name]
         weights = torch.stack([p.detach().norm() for p in self._layers[name].parameters]).norm()
-        row[3] = update.norm() / weights.clamp(min=torch.finfo(weights.dtype).tiny)
-        row[4] = staleness
+        row[3].copy_(update.norm() / weights.clamp(min=torch.finfo(weights.dtype).tiny))
+        row[4].fill_(staleness)
 
     def reduce(
         self, inputs: StepInputs, refreshed: float, failures: int, changes: Mapping[str, float | None]
@@ -157,7 +157,7 @@ class Agreement:
                 self._squares[i].zero_()
             else:
                 _dot(parameter.grad, parameter.grad, self._squares[i : i + 1])
-        return all(math.isfinite(value) for value in self._squares.tolist())
+        return all(math.isfinite(value) for value in (self._squares.tolist() if self._others else ()))
 
     def _reports(self, values: list[float], damping: float, scale: float) -> dict[str, LayerReport]:
         reports = {}

@@ -16,6 +16,7 @@ from torch import Tensor
 from hpc_kfac.fisher import OutputDistribution, Uniform
 from hpc_kfac.keyed_random import uniform
 from hpc_kfac.layers import Capture, LayerBatch, LayerShape
+from hpc_kfac.linalg.solve import is_finite
 from hpc_kfac.methods.method import Method, State
 from hpc_kfac.step_report import LayerState
 from hpc_kfac.timing import timed
@@ -215,7 +216,7 @@ class Collector:
             return
         batch.ranks = self._ranks
         fresh = self._method.statistics(batch, self._states[name].view(), self._shapes[name])
-        if not all(bool(torch.isfinite(tensor.sum())) for tensor in fresh.values()):
+        if not all(is_finite(tensor) for tensor in fresh.values()):
             return  # an overflown micro-batch, as a gradient scaler meets now and then
         if name in self._fresh:
             merged, count = self._fresh[name]

@@ -21,6 +21,7 @@ from hpc_kfac.distributed.groups import Groups
 from hpc_kfac.distributed.messages import decode, encode
 from hpc_kfac.exchange import Exchange, Finish
 from hpc_kfac.layers import CapturedLayer
+from hpc_kfac.linalg.solve import is_finite
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import State
 from hpc_kfac.operations import Due, Operation
@@ -292,7 +293,7 @@ class Executor:
             if self._problem.assignment.works_on(self._comm.rank, name):
                 state = self._states[name]
                 gradient = layer.gradient(self._workspace).to(self._problem.precision.factors).contiguous()
-                if bool(torch.isfinite(gradient.sum())):  # else all ranks skip the step
+                if is_finite(gradient):  # else all ranks skip the step
                     method.fold_gradient(state.running, state.solved, gradient, self._problem.shapes[name])
 
     def _post(self, operation: Operation) -> None:
@@ -341,7 +342,7 @@ class Executor:
         if torch.promote_types(update.dtype, wire) != wire:  # as it reaches other ranks, so that all take the same step
             update = update.to(wire).to(update.dtype)
         if update is not fresh or isinstance(self._control, FixedNorm):
-            layer.set_gradient(update)
+            layer.set_gradient(update, self._workspace)
 
     def _averaged(self, gradient: Tensor, state: LayerState) -> Tensor:
         """The gradient, or what momentum makes of it, in the workspace."""

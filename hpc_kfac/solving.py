@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.distributed.placement import Unit
+from hpc_kfac.linalg.solve import is_finite
 from hpc_kfac.methods.method import State
 from hpc_kfac.step_plan import Problem
 from hpc_kfac.step_report import LayerState
@@ -99,7 +100,7 @@ class Solver:
                 result = method.refresh(view, shape, damping * 10**attempt, unit[1])
             except torch.linalg.LinAlgError:
                 continue
-            if all(bool(torch.isfinite(tensor).all()) for tensor in result.values()):
+            if all(is_finite(tensor) for tensor in result.values()):
                 return result
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -34,7 +34,8 @@ class Capture:
         layers: captured layers by module name, in module order.
         left_out: everything else that has trainable parameters, with the reason.
         coverage: share of the trainable parameters that is captured.
-        armed: whether forward passes are noted. Passes without gradients never are.
+        armed: whether forward passes are noted. Passes without gradients never are. Hooks are on the model only while
+            it is set, and until a layer's first forward pass: between two steps with statistics they would cost time.
         only: names of the layers that are noted; None for all.
         keep_output_gradients: True to note the gradients of ordinary backward passes (empirical Fisher); False to note
             only where a gradient can be asked for, see ``edges`` (sampled and exact Fisher).
@@ -60,7 +61,6 @@ class Capture:
             raise ValueError(f"weight_sharing is {weight_sharing!r}; use 'expand' or 'reduce'")
         self.layers, self.left_out = select(model, skip)
         self.weight_sharing, self.dtype, self.rows = weight_sharing, dtype, rows
-        self.armed = False
         self.only: frozenset[str] | None = None
         self.keep_output_gradients = True
         self.on_boundary: Callable[[], None] | None = None
@@ -75,7 +75,19 @@ class Capture:
         self._leading = 0
         self._seen_with_grad: set[str] = set()
         self._seen_without_grad: set[str] = set()
-        self._handles = [handle for layer in self.layers.values() for handle in self._hook(layer)]
+        self._hooks: dict[str, list[Any]] = {}  # on the model at present, by layer
+        self._unused = set(self.layers)  # layers that no forward pass has reached yet
+        self._armed = False
+        self._place_hooks(self._unused)
+
+    @property
+    def armed(self) -> bool:
+        return self._armed
+
+    @armed.setter
+    def armed(self, armed: bool) -> None:
+        self._armed = armed
+        self._place_hooks(self.layers.keys() if armed else self._unused)
 
     def summary(self) -> str:
         """One paragraph for a log: how much is preconditioned, and what is not and why."""
@@ -152,9 +164,7 @@ class Capture:
 
     def remove(self) -> None:
         """Take all hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._place_hooks(set())
         self.clear()
 
     def _reading(self, scale: float, draws: bool, mask: Tensor | None) -> Reading:
@@ -171,12 +181,22 @@ class Capture:
                 )
         return self.layers[uses[0].layer].batch(uses, count, reading)
 
+    def _place_hooks(self, wanted: Set[str]) -> None:
+        if self._hooks.keys() == wanted:
+            return
+        for name in self._hooks.keys() - wanted:
+            for handle in self._hooks.pop(name):
+                handle.remove()
+        for name in [name for name in self.layers if name in wanted and name not in self._hooks]:
+            self._hooks[name] = self._hook(self.layers[name])
+
     def _hook(self, layer: CapturedLayer) -> list[Any]:
         # Plain functions: deepcopy keeps them as they are, and they know a copied module from the captured one.
         def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if module is not layer.module:
                 return
             layer.shared = math.prod(output.shape[1:]) > layer.shape.blocks * layer.shape.outputs
+            self._unused.discard(layer.name)
             if self.armed and (self.only is None or layer.name in self.only):
                 self._note(layer, args[0] if args else kwargs["input"], output)
 

@@ -84,6 +84,10 @@ class ConvBatch(PositionBatch):
     def input_sum(self, part: Part) -> Tensor:
         return self._with_bias(self._window_sums(part.x.to(self.dtype)), part)
 
+    def output_sum(self, part: Part) -> Tensor:
+        sums = part.g.to(self.dtype).sum((0, 1, *range(3, part.g.dim())))
+        return sums.view(self.shape.blocks, self.shape.outputs)
+
     def _padded(self, x: Tensor) -> Tensor:
         mode = "constant" if self.module.padding_mode == "zeros" else self.module.padding_mode
         sides = [side for pair in reversed(_padding(self.module)) for side in pair]

@@ -21,7 +21,7 @@ class CapturedLayer(ABC):
         module: the module.
         shape: the blocks of its weight matrix.
         parameters: the weight and, where it is trained, the bias.
-        shared: whether the weights were used at several positions of a sample; known from the first forward pass on.
+        shared: whether the weights were used at several positions of a sample, in the last forward pass that was seen.
     """
 
     families: ClassVar[tuple[type[nn.Module], ...]] = ()
@@ -86,7 +86,7 @@ class CapturedLayer(ABC):
         work = Workspace() if work is None else work
         shape = self.shape
         matrix = work.take("gradient", (shape.blocks, shape.outputs, shape.inputs), dtype, self.parameters[0].device)
-        for parameter, tensor in zip(self.parameters, self.tensors(matrix), strict=True):
+        for parameter, tensor in zip(self.parameters, work.views(matrix, self.name, self.tensors), strict=True):
             if parameter.grad is None:
                 tensor.zero_()
             else:
@@ -94,8 +94,9 @@ class CapturedLayer(ABC):
         return matrix
 
     @torch.no_grad()
-    def set_gradient(self, update: Tensor) -> None:
+    def set_gradient(self, update: Tensor, work: Workspace | None = None) -> None:
         """Write ``update`` [p, o, a] into ``.grad`` in place; a missing ``.grad`` stays missing."""
-        for parameter, tensor in zip(self.parameters, self.tensors(update), strict=True):
+        tensors = self.tensors(update) if work is None else work.views(update, self.name, self.tensors)
+        for parameter, tensor in zip(self.parameters, tensors, strict=True):
             if parameter.grad is not None:
                 parameter.grad.copy_(tensor)

@@ -31,6 +31,13 @@ class LinearBatch(PositionBatch):
             x = x * part.keep[which].unsqueeze(-1)
         return x.unsqueeze(0)
 
+    def input_sum(self, part: Part) -> Tensor:
+        x = part.x.to(self.dtype)
+        if part.keep is not None:
+            x = x * part.keep.unsqueeze(-1)
+        sums = x.sum((0, 1)).unsqueeze(0)
+        return nn.functional.pad(sums, (0, 1), value=float(part.all_kept())) if self.shape.bias else sums
+
     def gradients(self, part: Part, which: slice | Tensor) -> Tensor:
         g = part.g[:, which].to(self.dtype)
         if part.keep is not None:

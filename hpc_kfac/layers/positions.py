@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -107,17 +108,17 @@ class PositionBatch(ABC):
 
     def means(self) -> tuple[Tensor, Tensor]:
         refuse_draws(self.draws)
-        x = torch.zeros(self.shape.blocks, self.shape.inputs)
-        g = torch.zeros(self.shape.blocks, self.shape.outputs)
-        for part in self._parts():
-            x, g = x.to(part.x.device, self.dtype), g.to(part.x.device, self.dtype)
-            x = x + self.input_sum(part)
-            g = g + self.gradients(part, slice(None)).sum((1, 2, 3))
+        x = reduce(torch.add, [self.input_sum(part) for part in self._parts()])
+        g = reduce(torch.add, [self.output_sum(part) for part in self._parts()])
         return x / self._positions(), g * (self.scale / self.count)
 
     def input_sum(self, part: Part) -> Tensor:
         """Sum of the input rows over samples and positions [p, a]."""
         return torch.stack([self.inputs(part, which).sum((1, 2)) for which in self._input_chunks(part)]).sum(0)
+
+    def output_sum(self, part: Part) -> Tensor:
+        """Sum of the unscaled gradient rows over draws, samples and positions [p, o]."""
+        return self.gradients(part, slice(None)).sum((1, 2, 3))
 
     def paired_moments(
         self,

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from hpc_kfac.linalg.solve import is_finite
+
 LARGEST = 2048
 """Larger matrices are left out where their eigenvalues are only looked at."""
 
@@ -18,7 +20,7 @@ def eigenvalues(matrix: Tensor) -> Tensor | None:
         None for a matrix that is empty, not finite or larger than `LARGEST`, or whose decomposition does not converge.
     """
     size = matrix.shape[-1]
-    if not 0 < size <= LARGEST or not bool(torch.isfinite(matrix).all()):
+    if not 0 < size <= LARGEST or not is_finite(matrix):
         return None
     try:
         return torch.linalg.eigvalsh(matrix.reshape(-1, size, size).double())

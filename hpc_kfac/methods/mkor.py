@@ -78,13 +78,23 @@ class MKOR(Method):
         for name, mean in (("A", "a_mean"), ("G", "g_mean")):
             require_finite(state[mean], mean)
             v = state[mean].unsqueeze(2)
-            eye = torch.eye(v.shape[1], dtype=v.dtype, device=v.device).expand(len(v), -1, -1)
-            old = state.get(f"{name}_inverse", eye).to(v.dtype)
-            if self.rule == "code":
-                large = old.abs().amax((1, 2), keepdim=True) > 2.0
-                old = torch.where(large, eye, old)
-            solved[f"{name}_inverse"] = RULES[self.rule](torch.lerp(old, eye, min(damping, 1.0)), v, self.memory)
+            inverse = self._blended(state.get(f"{name}_inverse"), v, min(damping, 1.0))
+            mv = torch.bmm(inverse, v)
+            beta, alpha, weight = RULES[self.rule](torch.bmm(v.mT, mv), self.memory)
+            mv *= weight.sqrt()  # in both factors of the product alike, which keeps M exactly symmetric
+            solved[f"{name}_inverse"] = inverse.baddbmm_(mv, mv.mT, beta=beta, alpha=alpha)
         return solved
+
+    def _blended(self, old: Tensor | None, v: Tensor, share: float) -> Tensor:
+        """A new (1 - share) M + share I in v's dtype; I without an old M."""
+        if old is None:
+            return torch.eye(v.shape[1], dtype=v.dtype, device=v.device).repeat(len(v), 1, 1)
+        if self.rule == "code":
+            large = old.abs().amax((1, 2), keepdim=True) > 2.0
+            old = torch.where(large, torch.eye(v.shape[1], dtype=old.dtype, device=old.device), old)
+        new = old.to(v.dtype) * (1.0 - share)
+        new.diagonal(dim1=1, dim2=2).add_(share)
+        return new
 
     def precondition(
         self, gradient: Tensor, state: State, shape: LayerShape, damping: float, work: Workspace | None = None
@@ -106,19 +116,20 @@ class MKOR(Method):
         return Cost(float(p * (a + o)), 5.0 * p * (a * a + o * o), 2.0 * shape.parameters * (a + o))
 
 
-def _exact(m: Tensor, v: Tensor, c: float) -> Tensor:
-    mv = m @ v
-    return (m - (1 - c) * (mv @ mv.mT) / (c + (1 - c) * (v.mT @ mv))) / c
+Coefficients = tuple[float, float, Tensor]
 
 
-def _code(m: Tensor, v: Tensor, c: float) -> Tensor:
-    mv = m @ v
-    return m - mv @ mv.mT / (1 + v.mT @ mv)
+def _exact(vmv: Tensor, c: float) -> Coefficients:
+    return 1 / c, -1.0, (1 - c) / (c * (c + (1 - c) * vmv))
 
 
-def _printed(m: Tensor, v: Tensor, c: float) -> Tensor:
-    mv = m @ v
-    return c * m + (1 - c) / (c * c * (1 + c * (1 - c) * (v.mT @ mv))) * (mv @ mv.mT)
+def _code(vmv: Tensor, c: float) -> Coefficients:
+    return 1.0, -1.0, 1 / (1 + vmv)
 
 
-RULES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"exact": _exact, "code": _code, "printed": _printed}
+def _printed(vmv: Tensor, c: float) -> Coefficients:
+    return c, 1.0, (1 - c) / (c * c * (1 + c * (1 - c) * vmv))
+
+
+RULES: dict[str, Callable[[Tensor, float], Coefficients]] = {"exact": _exact, "code": _code, "printed": _printed}
+"""beta, alpha and weight [p, 1, 1] of M <- beta M + alpha weight (M v)(M v)^T, from v^T M v and the memory."""
