@@ -163,7 +163,7 @@ class Capture:
         self._first = ""
 
     def remove(self) -> None:
-        """Take all hooks off the model."""
+        """Take all hooks off the model, until it is armed again."""
         self._place_hooks(set())
         self.clear()
 

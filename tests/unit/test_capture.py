@@ -291,6 +291,27 @@ def test_copies_are_not_captured_and_remove_ends_capture() -> None:
     assert not capture._pending
 
 
+def hooks(module: nn.Module) -> int:
+    return len(module._forward_hooks) + len(module.weight._post_accumulate_grad_hooks or {})
+
+
+def test_hooks_are_there_only_while_armed_and_before_the_first_forward_pass() -> None:
+    """Hooks that note nothing cost time on every step; what they tell of a layer's use is known after one pass."""
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "later": nn.Linear(3, 2)})
+    capture = Capture(model)
+    for armed, before, after in ((False, 2, 0), (True, 2, 2), (False, 0, 0)):
+        capture.armed = armed
+        assert hooks(model["used"]) == before
+        model["used"](torch.randn(4, 5, 3)).sum().backward()
+        assert capture.layers["used"].shared
+        capture.clear()
+        capture.armed = armed
+        assert hooks(model["used"]) == after and hooks(model["later"]) == 2
+    model["later"](torch.randn(4, 3))
+    capture.armed = False
+    assert hooks(model["later"]) == 0 and not capture.layers["later"].shared
+
+
 def test_keyword_input() -> None:
     model = nn.Linear(3, 2).double()
     capture = armed(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpc_kfac.linalg.solve import woodbury_inverse
+from hpc_kfac.linalg.solve import is_finite, woodbury_inverse
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -26,3 +26,12 @@ def test_a_sufficient_damping_stays() -> None:
     kernel = torch.eye(4, dtype=torch.float64).expand(2, 4, 4) * torch.tensor([1.0, 1e12])[:, None, None]
     _, damping = woodbury_inverse(kernel, 0.3)
     assert damping.tolist() == [0.3, pytest.approx(8 * 1e12 * torch.finfo(torch.float64).eps ** 0.5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_finite_is_what_torch_calls_finite(dtype: torch.dtype) -> None:
+    """Also where the sum is not."""
+    largest, inf, nan = torch.finfo(dtype).max, float("inf"), float("nan")
+    for values in ([], [1.0, -2.0], [largest, largest], [-largest, -largest], [0.0, inf], [inf, -inf], [nan, 1.0]):
+        tensor = torch.tensor(values, dtype=dtype)
+        assert is_finite(tensor) == bool(torch.isfinite(tensor).all())

@@ -102,7 +102,7 @@ def ordinary_step(
     method: Method, layers: dict[str, CapturedLayer], states: dict[str, State], work: Workspace | None
 ) -> None:
     for name, layer in layers.items():
-        layer.set_gradient(method.precondition(layer.gradient(work), states[name], layer.shape, 0.1, work))
+        layer.set_gradient(method.precondition(layer.gradient(work), states[name], layer.shape, 0.1, work), work)
 
 
 @EACH
@@ -138,9 +138,40 @@ def test_a_kept_workspace_changes_no_digit_and_no_gradient(method: Method) -> No
             update = method.precondition(gradient, states[name], layer.shape, 0.1, work)
             assert torch.equal(gradient, before)
             torch.testing.assert_close(update, expected, rtol=1e-5, atol=1e-6)
-            layer.set_gradient(update)
+            layer.set_gradient(update, work)
             torch.testing.assert_close(layer.gradient(), expected, rtol=1e-5, atol=1e-6)
             layer.set_gradient(before)
+
+
+def test_views_of_scratch_are_made_once_and_again_after_it_has_grown() -> None:
+    work, made = Workspace(), []
+
+    def halves(tensor: Tensor) -> list[Tensor]:
+        made.append(tensor)
+        return list(tensor.chunk(2, dim=2))
+
+    small = work.take("matrix", (1, 2, 4), torch.float32, CPU)
+    for name in ("one", "one", "another"):
+        work.views(small, name, halves)[1].fill_(2.0)
+    assert made == [small, small] and (small[..., 2:] == 2.0).all()
+    for _ in range(2):
+        work.views(torch.zeros(1, 2, 4), "one", halves)
+    assert len(made) == 4
+    large = work.take("matrix", (1, 20, 40), torch.float32, CPU)
+    again = work.take("matrix", (1, 2, 4), torch.float32, CPU)
+    for tensor in (large, again):
+        for view in work.views(tensor, "one", halves):
+            assert view.untyped_storage().data_ptr() == large.untyped_storage().data_ptr()
+    assert len(made) == 6
+
+
+def test_a_number_is_kept_until_another_is_asked_for() -> None:
+    work = Workspace()
+    first = work.number("damping", 0.5, torch.float32, CPU)
+    assert work.number("damping", 0.5, torch.float32, CPU) is first and first.item() == 0.5
+    assert work.number("damping", 0.25, torch.float32, CPU).item() == 0.25
+    assert work.number("other", 0.5, torch.float32, CPU).item() == 0.5
+    assert work.number("damping", 0.5, torch.float64, CPU).dtype == torch.float64
 
 
 def test_gradient_is_a_view_where_it_can_be() -> None:
