@@ -65,7 +65,6 @@ class Eva(Method):
         one = (shape.blocks, 1, 1)
         aa, gg, total = (work.take(name, one, gradient.dtype, gradient.device) for name in ("aa", "gg", "curvature"))
         a_row, g_row = a.mT, g.mT
-        # Products throughout, few kinds of kernels: on small layers most of the time goes into fetching their code.
         torch.bmm(a_row, a, out=aa)
         torch.bmm(g_row, g, out=gg)
         torch.baddbmm(work.number("damping", damping, gradient.dtype, gradient.device), aa, gg, out=total)
