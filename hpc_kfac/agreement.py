@@ -157,7 +157,7 @@ class Agreement:
                 self._squares[i].zero_()
             else:
                 _dot(parameter.grad, parameter.grad, self._squares[i : i + 1])
-        return all(math.isfinite(value) for value in (self._squares.tolist() if self._others else ()))
+        return all(math.isfinite(value) for value in self._squares.tolist())
 
     def _reports(self, values: list[float], damping: float, scale: float) -> dict[str, LayerReport]:
         reports = {}

@@ -90,9 +90,6 @@ class Message:
         if tensor is None:
             view.zero_()
             return
-        if scale != 1.0 and not (slot.diagonal or slot.symmetric):
-            torch.mul(tensor.reshape(slot.shape), scale, out=view)
-            return
         if slot.diagonal:
             view.copy_(tensor.diagonal(dim1=-2, dim2=-1))
         elif slot.symmetric:

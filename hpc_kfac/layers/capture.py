@@ -187,8 +187,9 @@ class Capture:
         for name in self._hooks.keys() - wanted:
             for handle in self._hooks.pop(name):
                 handle.remove()
-        for name in [name for name in self.layers if name in wanted and name not in self._hooks]:
-            self._hooks[name] = self._hook(self.layers[name])
+        for name, layer in self.layers.items():
+            if name in wanted and name not in self._hooks:
+                self._hooks[name] = self._hook(layer)
 
     def _hook(self, layer: CapturedLayer) -> list[Any]:
         # Plain functions: deepcopy keeps them as they are, and they know a copied module from the captured one.

@@ -70,7 +70,7 @@ class ConvBatch(PositionBatch):
         if isinstance(structure, Dense):
             return self._dense(part)
         if isinstance(structure, Diagonal):
-            return self._with_bias(self._window_sums(part.x.to(self.dtype).square()), part)
+            return self.with_bias(self._window_sums(part.x.to(self.dtype).square()), part)
         if isinstance(structure, SpatiallyUncorrelated):
             return self._uncorrelated(part)
         return structure.from_dense(self._dense(part))
@@ -82,10 +82,10 @@ class ConvBatch(PositionBatch):
         return torch.stack(moments).sum(0) * (self.scale**2 / self.count)
 
     def input_sum(self, part: Part) -> Tensor:
-        return self._with_bias(self._window_sums(part.x.to(self.dtype)), part)
+        return self.with_bias(self._window_sums(part.x.to(self.dtype)), part)
 
     def output_sum(self, part: Part) -> Tensor:
-        sums = part.g.to(self.dtype).sum((0, 1, *range(3, part.g.dim())))
+        sums = part.g.sum((0, 1, *range(3, part.g.dim())), dtype=self.dtype)
         return sums.view(self.shape.blocks, self.shape.outputs)
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -111,9 +111,6 @@ class ConvBatch(PositionBatch):
         padded = self._padded(x.sum(0, keepdim=True))[0]  # padding copies values: summed first, there is less to copy
         sums = self._windows(padded).sum(tuple(range(1, 1 + dims)))
         return sums.reshape(self.shape.blocks, -1)
-
-    def _with_bias(self, sums: Tensor, part: Part) -> Tensor:
-        return F.pad(sums, (0, 1), value=float(part.samples * part.positions)) if self.shape.bias else sums
 
     def _dense(self, part: Part) -> Tensor:
         """Sum of x x^T over samples and positions [p, a, a]."""

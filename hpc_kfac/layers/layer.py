@@ -96,7 +96,7 @@ class CapturedLayer(ABC):
     @torch.no_grad()
     def set_gradient(self, update: Tensor, work: Workspace | None = None) -> None:
         """Write ``update`` [p, o, a] into ``.grad`` in place; a missing ``.grad`` stays missing."""
-        tensors = self.tensors(update) if work is None else work.views(update, self.name, self.tensors)
-        for parameter, tensor in zip(self.parameters, tensors, strict=True):
+        work = Workspace() if work is None else work
+        for parameter, tensor in zip(self.parameters, work.views(update, self.name, self.tensors), strict=True):
             if parameter.grad is not None:
                 parameter.grad.copy_(tensor)

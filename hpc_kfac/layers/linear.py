@@ -27,22 +27,19 @@ class LinearBatch(PositionBatch):
         x = part.x[which].to(self.dtype)
         if self.shape.bias:
             x = nn.functional.pad(x, (0, 1), value=1.0)
-        if part.keep is not None:
-            x = x * part.keep[which].unsqueeze(-1)
-        return x.unsqueeze(0)
+        return _masked(x, part, which).unsqueeze(0)
 
     def input_sum(self, part: Part) -> Tensor:
-        x = part.x.to(self.dtype)
-        if part.keep is not None:
-            x = x * part.keep.unsqueeze(-1)
-        sums = x.sum((0, 1)).unsqueeze(0)
-        return nn.functional.pad(sums, (0, 1), value=float(part.all_kept())) if self.shape.bias else sums
+        sums = _masked(part.x, part, slice(None)).sum((0, 1), dtype=self.dtype)
+        return self.with_bias(sums.unsqueeze(0), part)
 
     def gradients(self, part: Part, which: slice | Tensor) -> Tensor:
-        g = part.g[:, which].to(self.dtype)
-        if part.keep is not None:
-            g = g * part.keep[which].unsqueeze(-1)
-        return g.unsqueeze(0)
+        return _masked(part.g[:, which].to(self.dtype), part, which).unsqueeze(0)
+
+
+def _masked(rows: Tensor, part: Part, which: slice | Tensor) -> Tensor:
+    """Rows [..., n, T, d] of some samples, zeros at the positions that do not count."""
+    return rows if part.keep is None else rows * part.keep[which].unsqueeze(-1)
 
 
 class LinearLayer(CapturedLayer):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hpc_kfac.layers.batch import LayerShape, Reading, Use
@@ -115,6 +116,10 @@ class PositionBatch(ABC):
     def input_sum(self, part: Part) -> Tensor:
         """Sum of the input rows over samples and positions [p, a]."""
         return torch.stack([self.inputs(part, which).sum((1, 2)) for which in self._input_chunks(part)]).sum(0)
+
+    def with_bias(self, sums: Tensor, part: Part) -> Tensor:
+        """Sums over samples and positions, to which a bias adds a column: their number."""
+        return F.pad(sums, (0, 1), value=float(part.all_kept())) if self.shape.bias else sums
 
     def output_sum(self, part: Part) -> Tensor:
         """Sum of the unscaled gradient rows over draws, samples and positions [p, o]."""

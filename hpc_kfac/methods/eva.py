@@ -63,15 +63,13 @@ class Eva(Method):
         work = Workspace() if work is None else work
         a, g = _vectors(state, gradient.dtype, work)
         one = (shape.blocks, 1, 1)
-        aa, gg, total = (work.take(name, one, gradient.dtype, gradient.device) for name in ("aa", "gg", "curvature"))
-        a_row, g_row = a.mT, g.mT
-        torch.bmm(a_row, a, out=aa)
-        torch.bmm(g_row, g, out=gg)
-        torch.baddbmm(work.number("damping", damping, gradient.dtype, gradient.device), aa, gg, out=total)
-        share = _product(gradient, a, g, work).div_(total)
-        correction = torch.bmm(g, share, out=work.like("correction", g))
+        curvature, other = (work.take(name, one, gradient.dtype, gradient.device) for name in ("curvature", "other"))
+        torch.bmm(a.mT, a, out=curvature).mul_(torch.bmm(g.mT, g, out=other))
+        curvature.add_(work.number("damping", damping, gradient.dtype, gradient.device))
+        share = _product(gradient, a, g, work).div_(curvature)
+        correction = torch.mul(g, share, out=work.like("correction", g))
         update = work.like("update", gradient)
-        return torch.baddbmm(gradient, correction, a_row, beta=1.0 / damping, alpha=-1.0 / damping, out=update)
+        return torch.baddbmm(gradient, correction, a.mT, beta=1.0 / damping, alpha=-1.0 / damping, out=update)
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         work = Workspace()
