@@ -39,14 +39,21 @@ AUTOENCODER: dict[str, list[Settings]] = {
 }
 
 IMAGES: dict[str, list[Settings]] = {
-    "kfac": grid(damping=[0.03, 0.1, 0.3], momentum=[0.8, 0.9], lr=0.1, **ORTHOGONAL),
+    "kfac": [
+        *grid(damping=0.1, momentum=[0.8, 0.9], lr=0.1, **ORTHOGONAL),
+        *grid(damping=[0.1, 0.3], momentum=[0.8, 0.9], lr=0.1, weight_decay=0.05, **ORTHOGONAL),
+    ],
     "kfac_clip": grid(lr=0.1, damping=[0.03, 0.1, 0.3], kappa=[0.01, 0.03], weight_decay=5e-4),
     "ekfac": grid(lr=0.1, damping=[0.03, 0.1, 0.3], kappa=[0.01, 0.03], control="kl_clip", weight_decay=5e-4),
     "eva": grid(lr=0.1, damping=[0.01, 0.03, 0.1], kappa=[0.01, 0.03], control="kl_clip", weight_decay=5e-4),
     "sample_matrix": grid(lr=0.1, damping=[0.03, 0.1, 0.3], kappa=[0.01, 0.03], control="kl_clip", weight_decay=5e-4),
     "sgd": grid(lr=[0.01, 0.03, 0.1], weight_decay=[0.0, 5e-4]),
     "adamw": grid(lr=[1e-3, 3e-3, 1e-2], weight_decay=[0.0, 0.05]),
-    "muon": grid(lr=[0.01, 0.02], momentum=[0.8, 0.9, 0.95], adamw_lr=3e-3),
+    "muon": [
+        *grid(lr=0.02, momentum=[0.8, 0.9], adamw_lr=3e-3),
+        *grid(lr=0.02, momentum=[0.8, 0.9, 0.95], adamw_lr=3e-3, weight_decay=0.1),
+        *grid(lr=0.01, momentum=0.9, adamw_lr=3e-3, weight_decay=0.1),
+    ],
     "shampoo": grid(lr=[1e-3, 3e-3, 1e-2], preconditioning_compute_steps=[20, 100]),
     "soap": grid(lr=[1e-3, 3e-3, 1e-2], precondition_frequency=[10, 50]),
     "kron": grid(lr=[3e-4, 6e-4, 1e-3, 2e-3, 4e-3, 8e-3]),
