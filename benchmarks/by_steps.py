@@ -20,20 +20,16 @@ import torch
 
 from hpc_kfac.bench.grids import GRIDS
 from hpc_kfac.bench.peers import CONTENDERS
-from hpc_kfac.bench.runs import learning_rate
+from hpc_kfac.bench.runs import first_samples, learning_rate, whole_batches
 from hpc_kfac.bench.tasks import TASKS, BenchTask
 from hpc_kfac.training.evaluation import evaluate
 from hpc_kfac.training.launch import Ranks, join, keep_freed_memory, set_threads
-from hpc_kfac.training.loader import Loader
 from hpc_kfac.training.optimizers import set_learning_rate
-from hpc_kfac.training.sampler import ShardedSampler
 
 
 def parse(run: str) -> tuple[str, dict[str, Any]]:
     """Contender and changed settings of "NAME key=value ..."; a value that is no JSON is a word."""
     name, *pairs = run.split()
-    if name not in CONTENDERS:
-        raise argparse.ArgumentTypeError(f"{name} is no contender; choose from {', '.join(CONTENDERS)}")
     changed: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -54,21 +50,17 @@ def train(
     torch.manual_seed(seed)
     model = copy.deepcopy(data.model).train()
     trained = CONTENDERS[contender].make(model, data.loss, settings, ranks)
-    sampler = ShardedSampler(len(data.train), task.batch, ranks.rank, ranks.size, seed)
-    loader = Loader(data.train, sampler, data.augment, seed=seed)
-    batches = (batch for epoch in itertools.count() for batch in loader.batches(epoch))
-    whole = (batch for batch in batches if batch.global_size == task.batch)
-    for step, batch in enumerate(itertools.islice(whole, steps)):
+    batches = whole_batches(data, task.batch, seed, ranks)
+    for step, (inputs, targets) in enumerate(itertools.islice(batches, steps)):
         for optimizer in trained.optimizers:
             set_learning_rate(optimizer, learning_rate(step / steps, task.warmup))
-        trained.step(batch.inputs, batch.targets)
+        trained.step(inputs, targets)
 
-    def evaluated(samples: Any) -> dict[str, float]:
-        loader = Loader(samples, ShardedSampler(min(tested, len(samples)), 1000, ranks.rank, ranks.size, shuffle=False))
-        device = torch.device("cpu")
-        return evaluate(model, loader, data.loss, ranks, device, torch.autocast("cpu", enabled=False))
-
-    test, training = evaluated(data.test), evaluated(data.train)
+    device, no_autocast = torch.device("cpu"), torch.autocast("cpu", enabled=False)
+    test, training = (
+        evaluate(model, first_samples(samples, tested, ranks), data.loss, ranks, device, no_autocast)
+        for samples in (data.test, data.train)
+    )
     return test[task.figure], test["test_loss"], training["test_loss"]
 
 
@@ -80,18 +72,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tested", type=int, default=10000, help="samples of either set")
     given = parser.parse_args()
+    known = GRIDS[given.task]
+    for contender, _ in given.runs:
+        if contender not in known:
+            parser.error(f"{contender} is no contender of {given.task}; choose from {', '.join(known)}")
+        if why := CONTENDERS[contender].missing():
+            parser.error(f"{contender} cannot take part: {why}")
     ranks = join()
     set_threads(1, ranks)
     keep_freed_memory()
     task = TASKS[given.task]
     if ranks.rank == 0:
-        print(
-            f"| {given.steps} steps | {task.figure}, median | each seed | test loss | training loss |\n"
-            + 5 * "|---"
-            + "|"
-        )
+        print(f"| {given.steps} steps | {task.figure}, median | each seed | test loss | training loss |")
+        print("|---|---|---|---|---|")
     for contender, changed in given.runs:
-        settings = {**GRIDS[given.task][contender][0], **changed}
+        settings = {**known[contender][0], **changed}
         found = [
             train(task, contender, settings, given.steps, given.tested, seed, ranks) for seed in range(given.seeds)
         ]

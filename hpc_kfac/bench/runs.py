@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hpc_kfac.bench.peers import CONTENDERS
 from hpc_kfac.bench.tasks import BenchTask
+from hpc_kfac.training.datasets import Dataset
 from hpc_kfac.training.evaluation import evaluate
 from hpc_kfac.training.launch import InputError, Ranks
 from hpc_kfac.training.loader import Loader
@@ -96,6 +97,21 @@ def learning_rate(share: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (share - warmup) / (1 - warmup))))
 
 
+def whole_batches(data: Task, batch: int, seed: int, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's parts of whole batches, without end: the same order for every contender and number of ranks."""
+    sampler = ShardedSampler(len(data.train), batch, ranks.rank, ranks.size, seed)
+    loader = Loader(data.train, sampler, data.augment, seed=seed)
+    for epoch in itertools.count():
+        for part in loader.batches(epoch):
+            if part.global_size == batch:
+                yield part.inputs, part.targets
+
+
+def first_samples(dataset: Dataset, count: int, ranks: Ranks) -> Loader:
+    """The first `count` samples of a data set, or all if there are fewer, for an evaluation by all ranks."""
+    return Loader(dataset, ShardedSampler(min(count, len(dataset)), 1000, ranks.rank, ranks.size, shuffle=False))
+
+
 class Run:
     """A contender at work. Everything here is collective.
 
@@ -114,9 +130,8 @@ class Run:
         self.spec, self.result, self.over = spec, Result(), False
         self._task, self._data, self._ranks, self._device = task, data, ranks, device
         self._seconds, self._steps, self._batch = 0.0, 0, batch or task.batch
-        self._batches = self._endless()
-        tested = min(task.test_samples, len(data.test))
-        self._test = Loader(data.test, ShardedSampler(tested, 1000, ranks.rank, ranks.size, shuffle=False))
+        self._batches = whole_batches(data, self._batch, spec.seed, ranks)
+        self._test = first_samples(data.test, task.test_samples, ranks)
         self._model = copy.deepcopy(data.model).to(device).train()
         with self._noting_failure():
             contender = CONTENDERS[spec.contender]
@@ -196,15 +211,6 @@ class Run:
             self.result.error = f"{type(error).__name__}: {text[0][:300]}"
             self.result.ended = "diverged" if type(error).__name__ == "TrainingDiverged" else "failed"
             self.over = True
-
-    def _endless(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's parts of whole batches, in the same order for every contender and any number of ranks."""
-        sampler = ShardedSampler(len(self._data.train), self._batch, self._ranks.rank, self._ranks.size, self.spec.seed)
-        loader = Loader(self._data.train, sampler, self._data.augment, seed=self.spec.seed)
-        for epoch in itertools.count():
-            for batch in loader.batches(epoch):
-                if batch.global_size == self._batch:
-                    yield batch.inputs, batch.targets
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
