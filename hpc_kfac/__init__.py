@@ -5,6 +5,7 @@ from hpc_kfac.damping import AnnealedDamping, Damping, LevenbergMarquardt, Sched
 from hpc_kfac.distributed import Kaisa, Rates
 from hpc_kfac.fisher import BinaryCrossEntropy, CrossEntropy, OutputDistribution, SquaredError
 from hpc_kfac.methods import EKFAC, KFAC, METHODS, Eva, Method, SampleMatrix
+from hpc_kfac.notices import CurvatureWarning, Refused
 from hpc_kfac.owner_optimizer import OwnerOptimizer
 from hpc_kfac.precision import Precision
 from hpc_kfac.preconditioner import Preconditioner, TrainingDiverged
@@ -20,6 +21,7 @@ __all__ = [
     "AnnealedDamping",
     "BinaryCrossEntropy",
     "CrossEntropy",
+    "CurvatureWarning",
     "Damping",
     "Eva",
     "FixedNorm",
@@ -35,6 +37,7 @@ __all__ = [
     "Precision",
     "Preconditioner",
     "Rates",
+    "Refused",
     "SampleMatrix",
     "Schedule",
     "ScheduledDamping",

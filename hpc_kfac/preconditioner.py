@@ -28,6 +28,7 @@ from hpc_kfac.fisher import CrossEntropy, OutputDistribution
 from hpc_kfac.layers import Capture
 from hpc_kfac.methods import KFAC
 from hpc_kfac.methods.method import Method
+from hpc_kfac.notices import Notices
 from hpc_kfac.operations import Due, Operation
 from hpc_kfac.precision import Precision
 from hpc_kfac.reduction_ratio import ReductionRatio
@@ -121,6 +122,7 @@ class Preconditioner:
         self._check_weights_every = check_weights_every
         self._skipped_in_row = 0
         self._comm = communicator(comm)
+        self.notices = Notices(self._comm.rank)
         self._watchdog = None
         if stall_seconds is not None and isinstance(self._comm, MPICommunicator) and self._comm.size > 1:
             self._watchdog = Watchdog(self._comm.mpi, self._comm.monitor, stall_seconds)
