@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from hpc_kfac.layers.batch import LayerBatch, Reading, Use
+from hpc_kfac.layers.hooks import ForwardHook, GradientHook, is_computed, remove_stand_ins
 from hpc_kfac.layers.layer import CapturedLayer
 from hpc_kfac.layers.selection import select
 
@@ -192,27 +192,28 @@ class Capture:
                 self._hooks[name] = self._hook(layer)
 
     def _hook(self, layer: CapturedLayer) -> list[Any]:
-        # Plain functions: deepcopy keeps them as they are, and they know a copied module from the captured one.
-        def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if module is not layer.module:
-                return
-            layer.shared = math.prod(output.shape[1:]) > layer.shape.blocks * layer.shape.outputs
-            self._unused.discard(layer.name)
-            if self.armed and (self.only is None or layer.name in self.only):
-                self._note(layer, args[0] if args else kwargs["input"], output)
-
-        # The garbage collector does not see what torch's hooks on parameters hold: a cycle through them stays for good.
-        name, found = layer.name, weakref.ref(self)
-
-        def gradient(parameter: nn.Parameter) -> None:
-            capture = found()
-            if capture is not None and capture.armed and capture.on_gradient is not None:
-                capture.on_gradient(name)
-
+        remove_stand_ins(layer.module)
+        # Before the user's own hooks, which may put another output in the place of the layer's.
+        forward = ForwardHook(self, layer.name)
         return [
-            layer.module.register_forward_hook(forward, with_kwargs=True),
-            layer.parameters[0].register_post_accumulate_grad_hook(gradient),
+            layer.module.register_forward_hook(forward, with_kwargs=True, prepend=True),
+            layer.parameters[0].register_post_accumulate_grad_hook(GradientHook(self, layer.name)),
         ]
+
+    def reached(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        """A forward pass has come through a layer."""
+        layer = self.layers[name]
+        layer.shared = math.prod(output.shape[1:]) > layer.shape.blocks * layer.shape.outputs
+        self._unused.discard(name)
+        if not self.armed or (self.only is not None and name not in self.only) or not is_computed(output):
+            return
+        if layer.module._parameters.get("weight") is layer.parameters[0]:  # else it was given another
+            self._note(layer, inputs, output)
+
+    def completed(self, name: str) -> None:
+        """A backward pass has completed the gradient of a layer's weight."""
+        if self.armed and self.on_gradient is not None:
+            self.on_gradient(name)
 
     def _note(self, layer: CapturedLayer, inputs: Tensor, output: Tensor) -> None:
         name = layer.name

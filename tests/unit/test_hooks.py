@@ -1,0 +1,187 @@
+"""Models that carry hooks are copied, saved, transformed and compiled, and hooks go with the preconditioner."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import hpc_kfac as hk
+
+X, Y = torch.randn(16, 5), torch.randint(0, 3, (16,))
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def made(model: nn.Module, **settings: Any) -> tuple[torch.optim.SGD, hk.Preconditioner]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = {"schedule": hk.Schedule(statistics=1, refresh=1)} | settings
+    return optimizer, hk.Preconditioner(model, optimizer, **settings)
+
+
+def factors(preconditioner: hk.Preconditioner) -> dict[str, Tensor]:
+    return {f"{n}.{k}": t.clone() for n, s in preconditioner.states.items() for k, t in s.running.items()}
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(
+        len(module._forward_hooks) + sum(len(p._post_accumulate_grad_hooks or ()) for p in module.parameters(False))
+        for module in model.modules()
+    )
+
+
+def train(passes: nn.Module, model: nn.Module, preconditioner: hk.Preconditioner, steps: int = 1) -> None:
+    for _ in range(steps):
+        model.zero_grad()
+        F.cross_entropy(passes(X), Y).backward()
+        preconditioner.step()
+
+
+def assert_factors_of_plain_training(preconditioner: hk.Preconditioner, steps: int = 1) -> None:
+    model = net()
+    plain = made(model)[1]
+    train(model, model, plain, steps)
+    torch.testing.assert_close(factors(preconditioner), factors(plain))
+
+
+# Copies
+
+
+def test_a_model_is_saved_and_copied_at_every_step_and_its_copies_are_plain(tmp_path: Path) -> None:
+    model = net()
+    optimizer, preconditioner = made(model, schedule=hk.Schedule(statistics=2, refresh=2))
+    average = AveragedModel(model)
+    for step in range(4):
+        F.cross_entropy(model(X), Y).backward()
+        preconditioner.step()
+        optimizer.step()
+        average.update_parameters(model)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        for other in (
+            torch.load(buffer, weights_only=False),
+            copy.deepcopy(model),
+            pickle.loads(pickle.dumps(model)),
+            average,
+        ):
+            assert torch.equal(other(X), model(X) if other is not average else average.module(X))
+            F.cross_entropy(other(X), Y).backward()
+            preconditioner.capture.clear()
+            assert not preconditioner.capture._pending
+        assert step < 3 or preconditioner.capture.armed  # so that hooks were on
+    torch.save(model, tmp_path / "model.pt")
+    # Where the package is not installed.
+    script = (
+        "import sys, torch; sys.modules['hpc_kfac'] = None; m = torch.load(sys.argv[1], weights_only=False);"
+        "print(m(torch.zeros(2, 5)).shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "model.pt")], capture_output=True, text=True, check=True
+    )
+    assert "[2, 3]" in done.stdout
+
+
+def test_hooks_do_not_pile_up_over_saves_and_loads() -> None:
+    model = net()
+    for _ in range(3):
+        made(model)[1].capture.armed = True
+        model = copy.deepcopy(model)
+    assert hooks(model) <= 2
+
+
+# Other programs made of the model
+
+
+def vmapped(model: nn.Module) -> object:
+    return torch.vmap(model)(X)
+
+
+def per_sample_gradients(model: nn.Module) -> object:
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, weights, x[None]), y[None])
+
+    return torch.vmap(torch.func.grad(loss), (None, 0, 0))(weights, X, Y)
+
+
+def jvp(model: nn.Module) -> object:
+    return torch.func.jvp(model, (X,), (X,))
+
+
+def hessian(model: nn.Module) -> object:
+    return torch.func.hessian(lambda x: model(x).square().sum())(X[0])
+
+
+def fed_other_weights(model: nn.Module) -> object:
+    weights = {name: (2 * p.detach()).requires_grad_() for name, p in model.named_parameters()}
+    return torch.autograd.grad(torch.func.functional_call(model, weights, (X,)).sum(), list(weights.values()))
+
+
+def exported(model: nn.Module) -> object:
+    return torch.export.export(model, (X,)).module()(X)
+
+
+def symbolic(model: nn.Module) -> object:
+    return torch.fx.symbolic_trace(model).code
+
+
+def traced(model: nn.Module) -> object:
+    return torch.jit.trace(model, (X,), check_trace=False)(X)
+
+
+def made_fx(model: nn.Module) -> object:
+    return torch.fx.experimental.proxy_tensor.make_fx(model)(X).code
+
+
+def fake(model: nn.Module) -> object:
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        return model(torch.empty(16, 5)).shape
+
+
+def inference(model: nn.Module) -> object:
+    with torch.inference_mode():
+        return model(X)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        vmapped,
+        per_sample_gradients,
+        jvp,
+        hessian,
+        fed_other_weights,
+        exported,
+        symbolic,
+        traced,
+        made_fx,
+        fake,
+        inference,
+    ],
+)
+def test_other_uses_of_the_model_work_and_leave_statistics_alone(use: Any) -> None:
+    model, plain = net(), net()
+    expected = use(plain)
+    preconditioner = made(model)[1]
+    got = use(model)
+    assert not preconditioner.capture._pending
+    F.cross_entropy(model(X), Y).backward()
+    use(model)
+    preconditioner.step()
+    torch.testing.assert_close(got, expected) if not isinstance(expected, str) else None
+    assert_factors_of_plain_training(preconditioner)
