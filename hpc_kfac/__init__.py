@@ -4,6 +4,16 @@ from hpc_kfac.consistency import WeightsDiffer
 from hpc_kfac.damping import AnnealedDamping, Damping, LevenbergMarquardt, ScheduledDamping
 from hpc_kfac.distributed import Kaisa, Rates
 from hpc_kfac.fisher import BinaryCrossEntropy, CrossEntropy, OutputDistribution, SquaredError
+from hpc_kfac.layers import (
+    CapturedLayer,
+    LayerBatch,
+    LayerShape,
+    LinearLayer,
+    PositionBatch,
+    Reading,
+    Use,
+    register_layer,
+)
 from hpc_kfac.methods import EKFAC, KFAC, METHODS, Eva, Method, SampleMatrix
 from hpc_kfac.notices import CurvatureWarning, Refused
 from hpc_kfac.owner_optimizer import OwnerOptimizer
@@ -20,6 +30,7 @@ __all__ = [
     "KFAC",
     "AnnealedDamping",
     "BinaryCrossEntropy",
+    "CapturedLayer",
     "CrossEntropy",
     "CurvatureWarning",
     "Damping",
@@ -28,15 +39,20 @@ __all__ = [
     "KLClip",
     "METHODS",
     "Kaisa",
+    "LayerBatch",
     "LayerReport",
+    "LayerShape",
     "LevenbergMarquardt",
+    "LinearLayer",
     "Method",
     "Orthogonal",
     "OutputDistribution",
     "OwnerOptimizer",
+    "PositionBatch",
     "Precision",
     "Preconditioner",
     "Rates",
+    "Reading",
     "Refused",
     "SampleMatrix",
     "Schedule",
@@ -47,5 +63,7 @@ __all__ = [
     "TraceChange",
     "TrainingDiverged",
     "TrustRegion",
+    "Use",
     "WeightsDiffer",
+    "register_layer",
 ]

@@ -26,15 +26,16 @@ class CapturedLayer(ABC):
 
     families: ClassVar[tuple[type[nn.Module], ...]] = ()
     """The torch modules that the class captures."""
+    parameter_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    """What the module calls its weight and, if it can have one, its bias."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
         self.module = module
-        weight, bias = module.weight, module.bias if hasattr(module, "bias") else None
-        assert isinstance(weight, nn.Parameter)
+        weight, *others = (module._parameters.get(name) for name in self.parameter_names)
+        assert weight is not None
         self.parameters: list[nn.Parameter] = [weight]
-        if isinstance(bias, nn.Parameter) and bias.requires_grad:
-            self.parameters.append(bias)
+        self.parameters += [bias for bias in others if bias is not None and bias.requires_grad]
         self.shape = self._shape()
         self.shared = False
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
@@ -22,12 +23,37 @@ FAMILIES: dict[type[nn.Module], type[CapturedLayer]] = {
     for family in layer.families
 }
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Of weights that can be preconditioned."""
+
+SHARDED = ("DTensor", "FullyShardedDataParallel", "FlatParameter")
+"""Classes of torch.distributed whose weights are spread over ranks."""
+
 # Modules that use their weights, and those of their children, without calling the children.
 CLOSED: dict[type[nn.Module], str] = {
     nn.MultiheadAttention: "multi-head attention calls a fused function instead of its projections",
     nn.RNNBase: "recurrent layers show no input and gradient for each time step",
     nn.RNNCellBase: "recurrent cells hold their weights outside any linear layer",
 }
+
+
+def register_layer(module: type[nn.Module], layer: type[CapturedLayer]) -> None:
+    """Has modules of a class captured, from the next preconditioner on, in place of what captured them before.
+
+    Subclasses of the module's class are captured too, unless they have a forward of their own.
+
+    Args:
+        module: the class of the modules.
+        layer: says what is captured of them.
+
+    Raises:
+        ValueError: one of the two is no such class.
+    """
+    if not (isinstance(module, type) and issubclass(module, nn.Module)):
+        raise ValueError(f"{module!r} is no class of modules; give a subclass of torch.nn.Module")
+    if not (isinstance(layer, type) and issubclass(layer, CapturedLayer)):
+        raise ValueError(f"{layer!r} is no class of layers; give a subclass of hpc_kfac.CapturedLayer")
+    FAMILIES[module] = layer
 
 
 @dataclass(frozen=True)
@@ -45,16 +71,21 @@ class LeftOut:
     parameters: int
 
 
-def select(model: nn.Module, skip: Sequence[str] = ()) -> tuple[dict[str, CapturedLayer], list[LeftOut]]:
+def select(
+    model: nn.Module, skip: Sequence[str] = (), without: Mapping[str, str] | None = None
+) -> tuple[dict[str, CapturedLayer], list[LeftOut]]:
     """The layers of a model that can be captured, and everything else that has trainable parameters.
 
     Args:
         model: the model; a module that is registered under several names goes by the first.
         skip: name patterns (``fnmatch``) of modules to leave out, with everything inside them.
+        without: names of layers to leave out for a reason that does not show in the module.
 
     Raises:
-        ValueError: a pattern matches no module with trainable parameters, or a lazy module is not initialised yet.
+        ValueError: a pattern matches no module with trainable parameters, a lazy module is not initialised yet, or a
+            weight is sharded over ranks.
     """
+    without = {} if without is None else without
     holders = _holders(model)
     layers: dict[str, CapturedLayer] = {}
     left_out: list[LeftOut] = []
@@ -67,13 +98,14 @@ def select(model: nn.Module, skip: Sequence[str] = ()) -> tuple[dict[str, Captur
             continue
         if any(isinstance(parameter, UninitializedParameter) for parameter in parameters):
             raise ValueError(f"lazy module {name!r} has no weights yet; run one forward pass before preconditioning it")
+        _check_whole(name, module, parameters)
         names.append(name)
         patterns = [pattern for pattern in skip if _matches(name, pattern)]
         matched.update(patterns)
         if patterns:
             reason: str | None = f"skipped by pattern {patterns[0]!r}"
         else:
-            reason = closed or _tied(name, parameters, holders) or _obstacle(module)
+            reason = closed or _tied(name, parameters, holders) or _obstacle(module) or without.get(name)
         if reason is None:
             layers[name] = FAMILIES[_family(module) or type(module)](name, module)
         else:
@@ -119,7 +151,7 @@ def _family(module: nn.Module) -> type[nn.Module] | None:
 
 def _obstacle(module: nn.Module) -> str | None:
     """Why a module with trainable parameters of its own cannot be captured; None when it can."""
-    kind = type(module).__name__
+    kind = qualified(type(module))
     family = _family(module)
     if family is None:
         if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
@@ -130,15 +162,38 @@ def _obstacle(module: nn.Module) -> str | None:
     own_forward = "forward" in vars(module) or type(module).forward is not family.forward
     if own_forward or getattr(type(module), "_conv_forward", None) is not getattr(family, "_conv_forward", None):
         return f"{kind} has a forward of its own"
-    weight = module._parameters.get("weight")
+    names = FAMILIES[family].parameter_names
+    weight = module._parameters.get(names[0])
     if weight is None:
-        return "its weight is not a plain parameter"
+        return f"its {names[0]} is not a plain parameter"
     if not weight.requires_grad:
-        return "its weight is frozen"
-    extra = set(module._parameters) - {"weight", "bias"}
+        return f"its {names[0]} is frozen"
+    extra = set(module._parameters) - set(names)
     if extra:
         return f"{kind} holds further parameters: {', '.join(sorted(extra))}"
+    for name in names:
+        held = module._parameters.get(name)
+        if held is not None and held.dtype not in DTYPES:
+            return f"its {name} is {str(held.dtype).removeprefix('torch.')}, and only real floating point is supported"
     return FAMILIES[family].obstacle(module)
+
+
+def qualified(kind: type) -> str:
+    """A class with the module that it comes from, so that it is not taken for another one of the same name."""
+    if kind.__module__.startswith("torch.nn.modules"):
+        return f"torch.nn.{kind.__qualname__}"
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _check_whole(name: str, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Refuses weights of which this rank has only a part."""
+    for kind in (*type(module).__mro__, *(cls for p in parameters for cls in type(p).__mro__)):
+        if kind.__name__ in SHARDED and kind.__module__.startswith("torch.distributed"):
+            raise ValueError(
+                f"module {name or 'the model'!r} has its weights sharded over ranks ({qualified(kind)}), but a layer is"
+                " preconditioned as a whole: give the model unsharded, with torch's DistributedDataParallel, Horovod or"
+                " hpc_kfac.OwnerOptimizer, which keeps the optimizer's state on one rank each"
+            )
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -68,6 +69,39 @@ class Cost:
     precondition: float
 
 
+class Named(Mapping[str, "type[Method]"]):
+    """Methods by name, in alphabetical order."""
+
+    def __init__(self) -> None:
+        self._methods: dict[str, type[Method]] = {}
+
+    def add(self, method: type[Method]) -> None:
+        """Takes a class; one that is defined again, as in a notebook, takes its own place.
+
+        Raises:
+            ValueError: another class has the name.
+        """
+        other = self._methods.get(method.name, method)
+        if (other.__module__, other.__qualname__) != (method.__module__, method.__qualname__):
+            raise ValueError(
+                f"{method.__module__}.{method.__qualname__} has the name {method.name!r}, which is that of"
+                f" {other.__module__}.{other.__qualname__}; give it another name, or none"
+            )
+        self._methods[method.name] = method
+
+    def __getitem__(self, name: str) -> type[Method]:
+        return self._methods[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._methods))
+
+    def __len__(self) -> int:
+        return len(self._methods)
+
+
+NAMED = Named()
+
+
 class Method(ABC):
     """A curvature method. Stateless: the same object serves all layers and ranks.
 
@@ -85,8 +119,14 @@ class Method(ABC):
     """Whether a refresh takes so little, or nothing, that every rank does its own, and the result is never sent."""
 
     def __init_subclass__(cls) -> None:
-        """Completes the docstring by the settings of its parents: help texts are made of it."""
+        """Makes the class known by its name, and completes its docstring by the settings of its parents for help texts.
+
+        Raises:
+            ValueError: another class has the name.
+        """
         super().__init_subclass__()
+        if "name" in vars(cls):
+            NAMED.add(cls)
         described = [settings_of(parent.__doc__ or "") for parent in cls.__mro__]
         own = described[0]
         inherited: dict[str, str] = {}

@@ -8,10 +8,11 @@ line here.
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import yaml
@@ -181,7 +182,7 @@ KINDS = {
     "task": Kind(TASKS, "digits", given="seed"),
     "optimizer": Kind(OPTIMIZERS, "sgd", given="model"),
     "lr_schedule": Kind(SCHEDULES, "constant", given="length"),
-    "method": Kind({"none": None, **METHODS}, "kfac"),
+    "method": Kind(ChainMap(cast(Any, METHODS), {"none": None}), "kfac"),
     "placement": Kind({"kaisa": hk.Kaisa}, "kaisa"),
     "schedule": Kind({"intervals": hk.Schedule}, "intervals"),
     "step_control": Kind(

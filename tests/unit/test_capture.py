@@ -369,7 +369,7 @@ def old_weight_norm() -> nn.Module:
         (old_weight_norm, "not a plain parameter", 9 + 3 + 3),
         (lambda: OwnForward(3, 3), "OwnForward has a forward of its own", 12),
         (lambda: OwnConvolution(1, 1, 3), "OwnConvolution has a forward of its own", 10),
-        (Scale, "held directly by Scale", 3),
+        (Scale, "test_capture.Scale", 3),
         (half_frozen, "weight is frozen", 3),
         (lambda: nn.Embedding(5, 2, sparse=True), "sparse", 10),
         (lambda: nn.Embedding(5, 2, scale_grad_by_freq=True), "scale_grad_by_freq", 10),
