@@ -207,7 +207,7 @@ class Capture:
         self._unused.discard(name)
         if not self.armed or (self.only is not None and name not in self.only) or not is_computed(output):
             return
-        if layer.module._parameters.get("weight") is layer.parameters[0]:  # else it was given another
+        if layer.module._parameters.get(layer.parameter_names[0]) is layer.parameters[0]:  # else it was given another
             self._note(layer, inputs, output)
 
     def completed(self, name: str) -> None:
