@@ -166,6 +166,11 @@ class Executor:
         self._flying.clear()
         self._early, self._posted, self._ready = [], set(), set()
 
+    def release(self) -> None:
+        """Gives the memory of scratch and messages back; no step follows."""
+        self._workspace.clear()
+        self.pool.clear()
+
     # The step
 
     def scalars(self, due: Due, inputs: StepInputs) -> int:

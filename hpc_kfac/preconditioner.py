@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from hpc_kfac import saved_state
+from hpc_kfac.attachments import Attachments
 from hpc_kfac.base_optimizer import BaseOptimizer
 from hpc_kfac.collector import Collector, FisherSource
 from hpc_kfac.consistency import check_weights
@@ -28,7 +29,7 @@ from hpc_kfac.fisher import CrossEntropy, OutputDistribution
 from hpc_kfac.layers import Capture
 from hpc_kfac.methods import KFAC
 from hpc_kfac.methods.method import Method
-from hpc_kfac.notices import Notices
+from hpc_kfac.notices import Notices, Refused
 from hpc_kfac.operations import Due, Operation
 from hpc_kfac.precision import Precision
 from hpc_kfac.reduction_ratio import ReductionRatio
@@ -104,7 +105,7 @@ class Preconditioner:
         self.steps = 0
         self.failures = 0
         self.skipped = 0
-        self.retired = False
+        self.retired = self._closed = False
         self.timings: dict[str, float] = defaultdict(float)
         self.capture = Capture(
             model,
@@ -113,6 +114,8 @@ class Preconditioner:
             dtype=self.precision.factors,
             rows=self.precision.moments,
         )
+        modules = {name: layer.module for name, layer in self.capture.layers.items()}
+        self._attachments = Attachments(self, modules, self.capture.place, self.capture.remove)
         if not self.capture.layers:
             raise ValueError(f"the model has no layer that can be captured. {self.capture.summary()}")
         self.states = {name: LayerState() for name in self.capture.layers}
@@ -126,6 +129,7 @@ class Preconditioner:
         self._watchdog = None
         if stall_seconds is not None and isinstance(self._comm, MPICommunicator) and self._comm.size > 1:
             self._watchdog = Watchdog(self._comm.mpi, self._comm.monitor, stall_seconds)
+            self._attachments.add(self._watchdog.stop)
         shapes = {name: layer.shape for name, layer in self.capture.layers.items()}
         self._problem = make_problem(
             shapes, self.method, placement or Kaisa(), self.precision, self._comm, self._device
@@ -146,6 +150,7 @@ class Preconditioner:
             self.timings,
             self.timeline,
         )
+        self._attachments.add(self._executor.solver.stop)
         self._plans: dict[tuple[Due, int], tuple[Operation, ...]] = {}
         self._ratio = ReductionRatio(model, self.capture.layers, self.states, self._problem, self.trainers)
         if self.assignment.factors == "local":
@@ -164,7 +169,14 @@ class Preconditioner:
             self._executor.ready,
             self.timings,
         )
+        self._attachments.claim()
         self._start_step()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise Refused(
+            "a preconditioner cannot be copied or pickled: it has hooks on its model, and communicators. Save its "
+            "state_dict(), or make a new Preconditioner for the copied model and load that into it"
+        )
 
     # What the user calls
 
@@ -191,6 +203,7 @@ class Preconditioner:
             sample_index: [N] number of each sample in the whole batch over all ranks, so that sampled labels do not
                 depend on the rank count.
         """
+        self._attachments.check()
         if not self.capture.armed:
             return
         self._collector.observe(outputs, loss or CrossEntropy(), count, mask, loss_scale, sample_index)
@@ -209,7 +222,9 @@ class Preconditioner:
             TrainingDiverged: more than `max_skipped` steps in a row were not finite; on all ranks alike.
             RuntimeError: the step had more passes than `micro_batches`.
             WeightsDiffer: the ranks' weights have drifted apart; on all ranks alike.
+            Refused: it was removed, or replaced by a later preconditioner.
         """
+        self._attachments.check()
         if self._check_weights_every and self.steps % self._check_weights_every == 0 and self._comm.size > 1:
             check_weights(dict(self._model.named_parameters()), self.trainers, self.steps)
         rates = self._base.learning_rates()
@@ -327,9 +342,31 @@ class Preconditioner:
 
     def close(self, failed: bool = False) -> None:
         """Lets the helper ranks go and ends the watchdog; call it on all trainers after the last step."""
-        self._executor.close(failed)
+        if not self._closed:
+            self._closed = True
+            self._executor.close(failed)
         if self._watchdog is not None:
             self._watchdog.stop()
+
+    def remove(self) -> None:
+        """Takes everything off the model and gives back memory, threads and communicators. Between two steps.
+
+        Collective; lets the helper ranks go as `close` does. The model then trains as if there had been no
+        preconditioner, and `step` raises Refused. A second call does nothing.
+
+        A preconditioner that is dropped is taken off its model, too; only its communicators are not given back then,
+        for ranks need not come to it together. One that is made later for the same layers takes the hooks over: the
+        earlier one refuses to step until the later one is removed or dropped.
+        """
+        if self._attachments.removed:
+            return
+        self._executor.abandon()
+        if self._comm.rank < self.assignment.trainers:
+            self.close()
+        self._attachments.end()
+        for name in self.states:
+            self.states[name] = LayerState()
+        self._executor.release()
 
     @property
     def waited(self) -> float:
@@ -421,6 +458,7 @@ class Preconditioner:
         self._start_step()
 
     def _start_step(self) -> None:
+        self._attachments.check()
         self._due = self._due_at(self.steps)
         self._executor.begin(self._plan(self._due, 0))
         self._collector.start(self.steps, armed=self._due.statistics and self.method.reads == "samples")

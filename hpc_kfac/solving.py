@@ -74,6 +74,13 @@ class Solver:
             future.set_result(result)
             self._pending[unit] = (step, future)
 
+    def stop(self) -> None:
+        """Forgets what was launched and ends the background thread."""
+        self._pending = {}
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+
     def _install(self, unit: Unit, step: int, result: State | None) -> None:
         if result is None:
             self.failures += 1

@@ -63,6 +63,12 @@ class BufferPool:
                 raise ValueError("a buffer was given back that is not in use; give back what take() returned, once")
             self._free[whole.numel(), whole.device].append(whole)
 
+    def clear(self) -> None:
+        """Gives back the memory of buffers that are not in use."""
+        with self._lock:
+            self.allocated -= sum(size * len(buffers) for (size, _), buffers in self._free.items())
+            self._free.clear()
+
 
 def rounded(nbytes: int) -> int:
     """Bytes of the size class that a request is met from."""

@@ -78,7 +78,7 @@ class Capture:
         self._hooks: dict[str, list[Any]] = {}  # on the model at present, by layer
         self._unused = set(self.layers)  # layers that no forward pass has reached yet
         self._armed = False
-        self._place_hooks(self._unused)
+        self.place()
 
     @property
     def armed(self) -> bool:
@@ -87,7 +87,7 @@ class Capture:
     @armed.setter
     def armed(self, armed: bool) -> None:
         self._armed = armed
-        self._place_hooks(self.layers.keys() if armed else self._unused)
+        self.place()
 
     def summary(self) -> str:
         """One paragraph for a log: how much is preconditioned, and what is not and why."""
@@ -161,6 +161,10 @@ class Capture:
         self._pending = {}
         self._backward_seen = False
         self._first = ""
+
+    def place(self) -> None:
+        """Place the hooks that are wanted at present, and no others."""
+        self._place_hooks(self.layers.keys() if self._armed else self._unused)
 
     def remove(self) -> None:
         """Take all hooks off the model, until it is armed again."""

@@ -59,6 +59,11 @@ class Workspace:
             made[name] = make(tensor)
         return made[name]
 
+    def clear(self) -> None:
+        """Gives all memory back; nothing that was taken is valid any more."""
+        for kept in (self._pieces, self._views, self._made, self._numbers):
+            kept.clear()
+
     def _piece(self, name: str, size: int, device: torch.device) -> Tensor:
         piece = self._pieces.get((name, device))
         if piece is None or piece.numel() < size:

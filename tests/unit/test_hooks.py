@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +188,81 @@ def test_other_uses_of_the_model_work_and_leave_statistics_alone(use: Any) -> No
     preconditioner.step()
     torch.testing.assert_close(got, expected) if not isinstance(expected, str) else None
     assert_factors_of_plain_training(preconditioner)
+
+
+# The end of a preconditioner
+
+
+def test_remove_takes_everything_off() -> None:
+    model, plain = net(), net()
+    optimizer, preconditioner = made(model, schedule=hk.Schedule(statistics=1, refresh=2, lag=1))
+    train(model, model, preconditioner, 3)
+    assert any("refresh" in thread.name for thread in threading.enumerate())
+    preconditioner.remove()
+    preconditioner.remove()
+    assert hooks(model) == 0 and not any("refresh" in thread.name for thread in threading.enumerate())
+    assert not any(state.running or state.solved for state in preconditioner.states.values())
+    for use in (preconditioner.step, preconditioner.retire, lambda: preconditioner.observe(model(X))):
+        with pytest.raises(hk.Refused, match="was removed"):
+            use()
+    for m in (model, plain):
+        m.zero_grad()
+        F.cross_entropy(m(X), Y).backward()
+    assert torch.equal(model[0].weight.grad, plain[0].weight.grad)
+
+
+def test_a_cell_run_again_replaces_the_preconditioner_and_a_dropped_one_is_gone() -> None:
+    model = net()
+    for _ in range(3):
+        optimizer, preconditioner = made(model)  # the name holds the one before
+        train(model, model, preconditioner, 2)
+        first = preconditioner.capture
+    assert hooks(model) == 4
+    later = made(model)[1]
+    assert hooks(model) == 4
+    F.cross_entropy(model(X), Y).backward()
+    with pytest.raises(hk.Refused, match="replaced.*'0'"):
+        preconditioner.step()
+    assert not first._pending
+    later.step()
+    del later  # the earlier one has its hooks back
+    train(model, model, preconditioner, 1)
+    del preconditioner
+    assert hooks(model) == 0
+    with pytest.raises(TypeError, match="comm is"):
+        hk.Preconditioner(model, comm=3)
+    assert hooks(model) == 0
+
+
+def test_preconditioners_of_different_layers_live_side_by_side() -> None:
+    model = net()
+    (_, first), (_, second) = made(model, skip=["0"]), made(model, skip=["2"])
+    F.cross_entropy(model(X), Y).backward()
+    assert first.step().applied and second.step().applied
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_preconditioner_is_not_copied(way: Any) -> None:
+    with pytest.raises(hk.Refused, match=r"state_dict\(\)"):
+        way(made(net())[1])
+
+
+def test_a_thousand_preconditioners_leave_nothing() -> None:
+    model = net()
+
+    def one(remove: bool) -> None:
+        preconditioner = made(model, schedule=hk.Schedule(statistics=1, refresh=2, lag=1))[1]
+        train(model, model, preconditioner, 2)
+        if remove:
+            preconditioner.remove()
+
+    def counts() -> tuple[int, ...]:
+        gc.collect()
+        return hooks(model), threading.active_count(), len(gc.get_objects()), len(os.listdir("/proc/self/fd"))
+
+    one(True), one(False)
+    before = counts()
+    for i in range(100):
+        one(i % 2 == 0)
+    after = counts()
+    assert after[:2] == before[:2] and after[3] == before[3] and after[2] - before[2] < 100
