@@ -94,8 +94,7 @@ class OwnerOptimizer:
             if owners is not None:
                 owners._reached(parameter)
 
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(reached)
+        self._hooks = [parameter.register_post_accumulate_grad_hook(reached) for parameter in parameters]
         self._begin()
 
     @property
@@ -148,6 +147,12 @@ class OwnerOptimizer:
     def abandon(self) -> None:
         """Leaves out the update of a step whose gradients were no good."""
         self._begin()
+
+    def remove(self) -> None:
+        """Takes its hooks off the model and frees its communicator; it takes no further step. Collective."""
+        for hook in self._hooks:
+            hook.remove()
+        self._comm.free()
 
     def gradient_norm(self) -> float:
         """Norm of the whole averaged gradient, from everybody's part. Collective."""

@@ -59,7 +59,8 @@ class Preconditioner:
         fisher: "empirical" uses the training gradients; "sampled" draws labels from the model, "exact" sums over all
             outputs; these two need `observe` on every step.
         precision: dtypes of running averages, decompositions and application.
-        comm: None for one process, an mpi4py communicator or a torch.distributed process group.
+        comm: the ranks whose gradients are averaged: an mpi4py communicator or a torch.distributed process group; None
+            for one process; "serial" for one process that works alone though others run beside it.
         skip: fnmatch patterns of layer names that are left to the optimizer.
         weight_sharing: "expand" counts every position as a sample, "reduce" sums over them first (Eschenhagen
             et al. 2023).
@@ -72,7 +73,8 @@ class Preconditioner:
             that are missing; None waits for ever. Over mpi4py only.
 
     Raises:
-        ValueError: a model without a layer that can be captured, or KLClip without an optimizer.
+        ValueError: a model without a layer that can be captured, KLClip without an optimizer, or no `comm` where
+            torch.distributed, Horovod or MPI has several processes.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class Preconditioner:
         self._check_weights_every = check_weights_every
         self._skipped_in_row = 0
         self._comm = communicator(comm)
+        self._comm_is_lent = self._comm is comm
         self.notices = Notices(self._comm.rank)
         self._watchdog = None
         if stall_seconds is not None and isinstance(self._comm, MPICommunicator) and self._comm.size > 1:
@@ -367,6 +370,7 @@ class Preconditioner:
         for name in self.states:
             self.states[name] = LayerState()
         self._executor.release()
+        self._free_communicators()
 
     @property
     def waited(self) -> float:
@@ -430,6 +434,14 @@ class Preconditioner:
         self._load(common, states, saved_state.take_pending(shares, self._problem, rank, device))
 
     # Small helpers
+
+    def _free_communicators(self) -> None:
+        """On all ranks, helpers included. A `Communicator` that was passed as `comm` is left as it is."""
+        if self._watchdog is not None:
+            self._watchdog.free()
+        self._executor.groups.free()
+        if not self._comm_is_lent:
+            self._comm.free()
 
     def _counters(self) -> dict[str, Any]:
         return {

@@ -86,7 +86,7 @@ class Preconditioned(Trained):
         super().__init__(model, loss, ranks, [optimizer])
         if self._owners:
             components["placement"] = hk.Kaisa(grad_worker_fraction=0, factors="owner")
-        self.preconditioner = hk.Preconditioner(model, optimizer, comm=ranks.comm, **components)
+        self.preconditioner = hk.Preconditioner(model, optimizer, comm=ranks.carrier, **components)
         if self._owners:
             self._averaging.own(self.preconditioner, 1)
 

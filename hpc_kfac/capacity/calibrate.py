@@ -18,7 +18,7 @@ import torch
 from hpc_kfac.capacity.machine import Link, Machine
 from hpc_kfac.capacity.phases import measure_phases, now
 from hpc_kfac.capacity.run import Run
-from hpc_kfac.distributed import Communicator, communicator
+from hpc_kfac.distributed import Communicator, lent
 from hpc_kfac.training.launch import Ranks, keep_freed_memory, set_threads
 
 REPEATS = 7
@@ -77,16 +77,16 @@ def _networks(ranks: Ranks, device: torch.device, bandwidth: float) -> tuple[Lin
     """The network, the share of a collective that goes on beside arithmetic, and seconds of each averaged gradient."""
     if ranks.comm is None or ranks.size == 1:
         return Link(1e-6, bandwidth), 1.0, 0.0
-    comm = communicator(ranks.comm)
-    small, large = (torch.zeros(max(1, size // 4), device=device) for size in MESSAGES)
-    short = _seconds(lambda: _allreduce(comm, small), ranks, 50)
-    long = _seconds(lambda: _allreduce(comm, large), ranks, 20)
-    n = ranks.size
-    # As `collectives` has a ring: 2 (n - 1) (latency + bytes / n / bandwidth).
-    latency = short / (2 * (n - 1))
-    # Where something else holds up the short message, the long one is at least half bytes.
-    link = Link(latency, 2 * (n - 1) / n * MESSAGES[1] / max(long - short, 0.5 * long))
-    return link, _overlap(comm, large, long, ranks, device), _each_gradient(short, ranks)
+    with lent(ranks.comm) as comm:
+        small, large = (torch.zeros(max(1, size // 4), device=device) for size in MESSAGES)
+        short = _seconds(lambda: _allreduce(comm, small), ranks, 50)
+        long = _seconds(lambda: _allreduce(comm, large), ranks, 20)
+        n = ranks.size
+        # As `collectives` has a ring: 2 (n - 1) (latency + bytes / n / bandwidth).
+        latency = short / (2 * (n - 1))
+        # Where something else holds up the short message, the long one is at least half bytes.
+        link = Link(latency, 2 * (n - 1) / n * MESSAGES[1] / max(long - short, 0.5 * long))
+        return link, _overlap(comm, large, long, ranks, device), _each_gradient(short, ranks)
 
 
 def _overlap(comm: Communicator, message: torch.Tensor, alone: float, ranks: Ranks, device: torch.device) -> float:

@@ -12,6 +12,7 @@ from hpc_kfac import Preconditioner
 from hpc_kfac.capacity.machine import PHASES, Machine
 from hpc_kfac.capacity.run import Run
 from hpc_kfac.capacity.times import times
+from hpc_kfac.distributed.world import SERIAL
 from hpc_kfac.schedule import Schedule
 from hpc_kfac.training.launch import Ranks
 from hpc_kfac.training.setup import make_optimizer
@@ -71,6 +72,7 @@ class _Copy:
                 schedule=Schedule(STATISTICS, REFRESH),
                 step_control=settings.control,
                 precision=settings.precision,
+                comm=SERIAL,
                 skip=run.given.run.skip,
                 fisher=settings.fisher,  # type: ignore[arg-type]
             )

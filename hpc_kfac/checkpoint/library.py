@@ -16,7 +16,7 @@ from hpc_kfac.checkpoint.sets import set_name
 from hpc_kfac.checkpoint.staging import Staging
 from hpc_kfac.checkpoint.state import as_tree, collect, from_tree, restore
 from hpc_kfac.checkpoint.writer import Checkpointing, Checkpoints, attempt, write_trees
-from hpc_kfac.distributed import Communicator, communicator
+from hpc_kfac.distributed import Communicator, lent
 from hpc_kfac.owner_optimizer import OwnerOptimizer
 from hpc_kfac.preconditioner import Preconditioner
 
@@ -40,7 +40,7 @@ def save(
         model: its weights and buffers are saved, and the random numbers of torch, numpy and Python.
         optimizer: its state and hyperparameters.
         preconditioner: its curvature, each layer by its owner.
-        comm: the ranks; by default those of the preconditioner.
+        comm: the ranks, as for `Preconditioner`; by default the preconditioner's that train.
         extra: plain values and tensors of your own (nested dictionaries and lists), rank 0's are saved: the epoch, a
             schedule's or a gradient scaler's `state_dict`.
         keep_last: so many of the newest are kept.
@@ -50,16 +50,16 @@ def save(
 
     Raises:
         OSError: it could not be written, on all ranks; earlier ones are as they were.
+        ValueError: one of several processes, without `comm` and preconditioner.
         TypeError: something that cannot be saved.
     """
-    checkpoints = Checkpoints(
-        Path(folder), Checkpointing(keep_last=keep_last, keep_best=False), _ranks(preconditioner, comm), _quiet
-    )
-    common, own = collect(model, optimizer, preconditioner)
-    common["extra"] = as_tree(extra or {}, "extra")
-    helpers = preconditioner.order_save(step) if preconditioner is not None else list
-    checkpoints.save(step, common, own, {}, helpers)
-    checkpoints.close()
+    with lent(_ranks(preconditioner, comm)) as ranks:
+        checkpoints = Checkpoints(Path(folder), Checkpointing(keep_last=keep_last, keep_best=False), ranks, _quiet)
+        common, own = collect(model, optimizer, preconditioner)
+        common["extra"] = as_tree(extra or {}, "extra")
+        helpers = preconditioner.order_save(step) if preconditioner is not None else list
+        checkpoints.save(step, common, own, {}, helpers)
+        checkpoints.close()
     if checkpoints.problem is not None:
         raise OSError(f"checkpoint of step {step} in {folder}: {checkpoints.problem}")
     return Path(folder) / set_name(step)
@@ -80,17 +80,18 @@ def load(
         model: gets weights and buffers.
         optimizer: gets state and hyperparameters.
         preconditioner: gets the curvature; method and layers must be those that were saved, the placement need not.
-        comm: the ranks; by default those of the preconditioner.
+        comm: the ranks, as for `Preconditioner`; by default the preconditioner's that train.
 
     Returns:
         The steps taken, and `extra`.
 
     Raises:
         BrokenCheckpoint: there is no checkpoint, it is damaged, or it is another model's, optimizer's or method's.
+        ValueError: one of several processes, without `comm` and preconditioner.
     """
-    ranks = _ranks(preconditioner, comm)
-    saved = find(Path(path), ranks, _quiet if ranks.rank else _warn)
-    together(ranks, lambda: put_back(saved, ranks, model, optimizer, preconditioner))
+    with lent(_ranks(preconditioner, comm)) as ranks:
+        saved = find(Path(path), ranks, _quiet if ranks.rank else _warn)
+        together(ranks, lambda: put_back(saved, ranks, model, optimizer, preconditioner))
     return saved.step, from_tree(saved.common.get("extra", {}))
 
 
@@ -141,10 +142,8 @@ def put_back(
     return True
 
 
-def _ranks(preconditioner: Preconditioner | None, comm: Any) -> Communicator:
-    if comm is None and preconditioner is not None:
-        return preconditioner.trainers
-    return communicator(comm)
+def _ranks(preconditioner: Preconditioner | None, comm: Any) -> Any:
+    return preconditioner.trainers if comm is None and preconditioner is not None else comm
 
 
 def _quiet(text: str) -> None:

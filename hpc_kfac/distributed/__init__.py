@@ -1,7 +1,7 @@
 """Ranks: communicators that count their traffic, and the placement of layers on ranks. Knows nothing of torch.nn."""
 
 from hpc_kfac.distributed.buffers import BufferPool
-from hpc_kfac.distributed.communicator import Communicator, SerialCommunicator, Work, communicator
+from hpc_kfac.distributed.communicator import Communicator, SerialCommunicator, Work, communicator, lent
 from hpc_kfac.distributed.monitor import Monitor
 from hpc_kfac.distributed.mpi import MPICommunicator
 from hpc_kfac.distributed.placement import Assignment, Kaisa, Rates, Unit, UnitCost
@@ -23,4 +23,5 @@ __all__ = [
     "Watchdog",
     "Work",
     "communicator",
+    "lent",
 ]

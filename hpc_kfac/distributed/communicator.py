@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from hpc_kfac.distributed.buffers import BufferPool
 from hpc_kfac.distributed.monitor import Monitor, Posting
+from hpc_kfac.distributed.world import SERIAL, refuse_forgotten
 
 SUMMABLE = (torch.float32, torch.float64, torch.int32, torch.int8, torch.bfloat16, torch.float16)
 
@@ -109,6 +111,9 @@ class Communicator(ABC):
         self._family = Family() if family is None else family
         self.name, self.members = name, tuple(members)
         self._splits = 0
+        self._children: list[Communicator] = []
+        self._parent: Communicator | None = None
+        self._freed = False
 
     @property
     def traffic(self) -> Counter[str]:
@@ -182,7 +187,30 @@ class Communicator(ABC):
     def split(self, color: int) -> Communicator:
         """The sub-group of all ranks that gave the same colour, in rank order. Collective."""
         self._splits += 1
-        return self._split(color, f"{self.name}.{self._splits}:{color}")
+        child = self._split(color, f"{self.name}.{self._splits}:{color}")
+        child._parent = self
+        self._children.append(child)
+        return child
+
+    def free(self) -> None:
+        """Gives back what MPI or torch holds for this communicator and for all that were split from it.
+
+        Collective. What is in flight is waited for. A second call does nothing; nothing else may follow.
+        """
+        if self._freed:
+            return
+        self._freed = True
+        for child in reversed(self._children[:]):
+            child.free()
+        if self._parent is None:
+            for work in list(self._family.pending.values()):
+                work.wait()
+        else:
+            self._parent._children.remove(self)
+        self._free()
+
+    @abstractmethod
+    def _free(self) -> None: ...
 
     @abstractmethod
     def _split(self, color: int, name: str) -> Communicator: ...
@@ -229,6 +257,9 @@ class SerialCommunicator(Communicator):
     def _split(self, color: int, name: str) -> Communicator:
         return SerialCommunicator(self._family)
 
+    def _free(self) -> None:
+        pass
+
     def _allreduce(self, tensor: Tensor) -> None:
         return None
 
@@ -246,15 +277,19 @@ class SerialCommunicator(Communicator):
 
 
 def communicator(comm: Any) -> Communicator:
-    """Wraps what a user passes as `comm`.
+    """Wraps what a user passes as `comm`. Collective: mpi4py communicators and process groups are duplicated.
 
     Args:
-        comm: None (one process), an mpi4py communicator, a torch.distributed process group, or a `Communicator`.
+        comm: an mpi4py communicator, a torch.distributed process group, or a `Communicator`, which is taken as it is;
+            None for one process; "serial" for one process that works alone though others run beside it.
 
     Raises:
+        ValueError: None, and this process is one of several.
         TypeError: anything else.
     """
     if comm is None:
+        refuse_forgotten()
+    if comm is None or (isinstance(comm, str) and comm == SERIAL):
         return SerialCommunicator()
     if isinstance(comm, Communicator):
         return comm
@@ -266,10 +301,22 @@ def communicator(comm: Any) -> Communicator:
         from hpc_kfac.distributed.torch_backend import TorchCommunicator
 
         return TorchCommunicator(comm)
+    given = repr(comm) if isinstance(comm, str) else f"a {type(comm).__name__}"
     raise TypeError(
-        f"comm is a {type(comm).__name__}; pass MPI.COMM_WORLD, a torch.distributed process group, "
-        "or None for one process"
+        f"comm is {given}; pass MPI.COMM_WORLD, a torch.distributed process group, None for one process, "
+        f'or "{SERIAL}" for a process that works alone beside others'
     )
+
+
+@contextmanager
+def lent(comm: Any) -> Iterator[Communicator]:
+    """What a user passes as `comm`, for one call: what was made for it is freed. Collective."""
+    carrier = communicator(comm)
+    try:
+        yield carrier
+    finally:  # also after an error of one rank: MPI expects its implementations to free without waiting for others
+        if carrier is not comm:
+            carrier.free()
 
 
 def segments(tensor: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:

@@ -26,12 +26,13 @@ class Groups:
         ranks, workers = range(assignment.trainers), assignment.workers
         helps = comm.rank not in ranks
         self.helpers: list[Communicator] = []
+        self._made: list[Communicator] = []
         found: dict[tuple[int, ...], Communicator] = {}
         if assignment.helpers:
-            self.trainers = comm.split(int(helps))
+            self.trainers = self._split(comm, int(helps))
             for helper in range(assignment.trainers, assignment.ranks):
                 inside = not helps or comm.rank == helper
-                joint = comm.split(0 if inside else 1)
+                joint = self._split(comm, 0 if inside else 1)
                 if inside:
                     found[*ranks, helper] = joint
                     self.helpers.append(joint)
@@ -41,10 +42,19 @@ class Groups:
                 (assignment.members(assignment.group(comm.rank)), comm.rank // workers),
                 (assignment.receivers(comm.rank), comm.rank % workers),
             ):
-                group = self.trainers.split(color)
+                group = self._split(self.trainers, color)
                 found.setdefault(tuple(members), group)
         self._by_ranks = found
 
     def of(self, ranks: Sequence[int]) -> Communicator:
         """The communicator of just these ranks."""
         return self._by_ranks[tuple(ranks)]
+
+    def free(self) -> None:
+        """Frees what was split. Collective, over all ranks."""
+        for comm in reversed(self._made):
+            comm.free()
+
+    def _split(self, comm: Communicator, color: int) -> Communicator:
+        self._made.append(comm.split(color))
+        return self._made[-1]

@@ -41,6 +41,12 @@ class MPICommunicator(Communicator):
     def _split(self, color: int, name: str) -> Communicator:
         return MPICommunicator(self._comm.Split(color, self.rank), self._family, name)
 
+    def _free(self) -> None:
+        from mpi4py import MPI
+
+        if not MPI.Is_finalized():
+            self._comm.Free()
+
     def _allreduce(self, tensor: Tensor) -> Flight:
         from mpi4py import MPI
 

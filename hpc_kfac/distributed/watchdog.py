@@ -91,6 +91,12 @@ class Watchdog:
         os.close(self._bell)
         os.close(self._push)
 
+    def free(self) -> None:
+        """Stops, and gives the communicator back. Collective."""
+        self.stop()
+        if not self._mpi.Is_finalized() and self._comm != self._mpi.COMM_NULL:
+            self._comm.Free()
+
     def _run(self) -> None:
         while True:
             rung = self._sleep(self._interval)

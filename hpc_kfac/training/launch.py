@@ -17,6 +17,7 @@ import torch
 
 from hpc_kfac import stack
 from hpc_kfac.distributed.watchdog import stop_all
+from hpc_kfac.distributed.world import SERIAL
 from hpc_kfac.training.datasets import DataError
 
 
@@ -60,6 +61,11 @@ class Ranks:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+
+    @property
+    def carrier(self) -> Any:
+        """What the library takes as `comm`."""
+        return SERIAL if self.comm is None else self.comm
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on all ranks. Collective."""

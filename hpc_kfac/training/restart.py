@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hpc_kfac.checkpoint import BrokenCheckpoint, Saved, find, newest
 from hpc_kfac.checkpoint.sets import clean
-from hpc_kfac.distributed import communicator
+from hpc_kfac.distributed import lent
 from hpc_kfac.training.changes import compare
 from hpc_kfac.training.config import Settings
 from hpc_kfac.training.launch import InputError, Ranks
@@ -82,7 +82,6 @@ def load_start(start: Start, settings: Settings, ranks: Ranks, say: Callable[[st
     Raises:
         InputError: no checkpoint is in order, or it was made with settings that contradict these.
     """
-    comm = communicator(ranks.comm)
     if start.source is None:
         return None
     if start.folder is not None:
@@ -90,7 +89,8 @@ def load_start(start: Start, settings: Settings, ranks: Ranks, say: Callable[[st
             if ranks.rank == 0:
                 clean(start.source)  # puts back a set that a killed job was about to replace
     try:
-        saved = newest(start.source, comm, say) if start.folder is not None else find(start.source, comm, say)
+        with lent(ranks.carrier) as comm:
+            saved = (newest if start.folder is not None else find)(start.source, comm, say)
     except BrokenCheckpoint as error:
         raise InputError(str(error)) from error
     if saved is None:

@@ -45,7 +45,7 @@ class Saver:
         lease: Lease | None = None,
     ) -> None:
         self._setup, self._folder, self._say, self._requests, self._lease = setup, folder, say, requests, lease
-        self.comm: Communicator = communicator(setup.ranks.comm)
+        self.comm: Communicator = communicator(setup.ranks.carrier)
         self.settings: Checkpointing | None = setup.settings.parts["checkpoint"]()
         self._checkpoints: Checkpoints | None = None
         if self.settings is not None:

@@ -140,7 +140,7 @@ def make_preconditioner(
             method=method,
             **components,
             fisher=run.fisher,
-            comm=(everyone or ranks).comm,
+            comm=(everyone or ranks).carrier,
             skip=run.skip,
             weight_sharing=run.weight_sharing,
             seed=run.seed,

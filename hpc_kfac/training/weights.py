@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hpc_kfac.checkpoint import BrokenCheckpoint, Saved, find
 from hpc_kfac.checkpoint.state import mean_buffers
-from hpc_kfac.distributed import communicator
+from hpc_kfac.distributed import lent
 from hpc_kfac.training.config import Settings, parse
 from hpc_kfac.training.evaluation import evaluate
 from hpc_kfac.training.launch import InputError, Ranks, choose_device, set_threads
@@ -132,7 +132,8 @@ def _settings(saved: Saved, words: Sequence[str]) -> Settings:
 
 
 def _find(path: Path, ranks: Ranks, lines: list[str]) -> Saved:
-    return _readable(lambda: find(path, communicator(ranks.comm), lines.append))
+    with lent(ranks.carrier) as comm:
+        return _readable(lambda: find(path, comm, lines.append))
 
 
 def _readable(read: Callable[[], Result]) -> Result:

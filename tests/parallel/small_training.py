@@ -140,7 +140,7 @@ def train(
         step_control=step_control,
         fisher=fisher,
         precision=precision,
-        comm=carrier or comm,
+        comm=carrier or comm or "serial",
         micro_batches=accumulation,
     )
     rank, ranks = (comm.rank, preconditioner.assignment.trainers) if comm is not None else (0, 1)

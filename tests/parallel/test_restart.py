@@ -151,7 +151,7 @@ def test_a_norm_takes_the_mean_of_the_ranks_that_there_were(comm, folder):
     means = comm.allgather(before.model[1].running_mean)
     assert not torch.equal(means[0], means[1])
     if comm.rank == 0:
-        saved = newest(folder / "cut" / "checkpoints", communicator(None), print)
+        saved = newest(folder / "cut" / "checkpoints", communicator("serial"), print)
         assert isinstance(saved, Saved) and saved.trainers == 3
         setup = build(parse(words), Ranks())
         saver = Saver(setup, RunFolder(folder / "cut", writes=True), print, StopRequests(None, 0.0))
