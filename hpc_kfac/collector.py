@@ -7,7 +7,9 @@ while the backward pass goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Set
 from typing import Literal
 
 import torch
@@ -18,10 +20,14 @@ from hpc_kfac.keyed_random import uniform
 from hpc_kfac.layers import Capture, LayerBatch, LayerShape
 from hpc_kfac.linalg.solve import is_finite
 from hpc_kfac.methods.method import Method, State
+from hpc_kfac.notices import Notices, Refused
 from hpc_kfac.step_report import LayerState
 from hpc_kfac.timing import timed
 
 FisherSource = Literal["empirical", "sampled", "exact"]
+
+UNDISTURBED = 2
+"""After so many statistics steps without a discarded pass, layers are folded while the backward pass goes on."""
 
 
 class Collector:
@@ -39,6 +45,7 @@ class Collector:
         micro_batches: forward and backward passes of an optimisation step.
         ready: called with the name of a layer whose running averages are complete for the step.
         timings: gets the seconds of statistics.
+        notices: for what a user should know of the passes.
 
     Attributes:
         folds: how often statistics were folded; the first time they become the running averages.
@@ -60,6 +67,7 @@ class Collector:
         micro_batches: int,
         ready: Callable[[str], None],
         timings: dict[str, float],
+        notices: Notices,
     ) -> None:
         if fisher not in ("empirical", "sampled", "exact"):
             raise ValueError(f"fisher is {fisher!r}; use 'empirical', 'sampled' or 'exact'")
@@ -68,10 +76,13 @@ class Collector:
         self._capture, self._method, self._shapes, self._states = capture, method, shapes, states
         self._fisher, self._seed, self._rank, self._ranks = fisher, seed, rank, ranks
         self._micro_batches, self._ready, self._timings = micro_batches, ready, timings
+        self._notices = notices
         self.folds = 0
+        self._undisturbed = 0.0
         capture.keep_output_gradients = fisher == "empirical"
         capture.on_boundary = self._next_micro_batch
         capture.on_gradient = self._reached
+        capture.on_discard = self._discard
         self.start(0, armed=False)
 
     def start(self, step: int, armed: bool) -> None:
@@ -82,7 +93,9 @@ class Collector:
         self._fresh: dict[str, tuple[State, float]] = {}
         self._folded: set[str] = set()
         self._observed: tuple[float | None, float | None, Tensor | None] = (None, None, None)
-        self._begun = 0  # micro-batches, as far as they show
+        self._passes: Counter[str] = Counter()  # micro-batches that went into the statistics, by layer
+        self._observations = 0
+        self._guessed = False  # the number of loss terms
         self._sampled = 0  # rows of this step's earlier micro-batches
 
     def observe(
@@ -95,6 +108,11 @@ class Collector:
         sample_index: Tensor | None,
     ) -> None:
         """As `Preconditioner.observe`."""
+        if self._capture.backward_seen:
+            raise Refused(
+                "observe() was called after loss.backward(), which has taken the statistics already; call it between"
+                " forward pass and backward(): outputs = model(x); preconditioner.observe(outputs); loss.backward()"
+            )
         terms = float(count if count is not None else mask.sum().item() if mask is not None else loss.terms(outputs))
         if terms > 0 and not loss_scale > 0:  # a micro-batch without a valid term has a share of 0
             raise ValueError(f"loss_scale is {loss_scale} with {terms:g} loss terms; give a positive number")
@@ -102,10 +120,10 @@ class Collector:
             reduction = terms if loss.reduction == "mean" else 1.0
             self._observed = (terms, reduction / loss_scale if terms > 0 else 0.0, mask)
         else:
-            self._begun += 1
+            self._observations += 1
             with timed(self._timings, "statistics"):
                 self._derive(outputs, loss, terms, mask, sample_index)
-            if self._begun == self._micro_batches:
+            if self._observations == self._micro_batches and self._undisturbed >= UNDISTURBED:
                 for name in [name for name in reversed(tuple(self._states)) if name in self._fresh]:
                     self._complete(name)
 
@@ -114,15 +132,20 @@ class Collector:
 
         Raises:
             RuntimeError: more passes than `micro_batches`.
+            Refused: no `observe` in a step with a backward pass, where the Fisher needs it.
         """
-        if self._begun > self._micro_batches:
-            raise RuntimeError(
-                f"the step has {self._begun} forward and backward passes, and the preconditioner was told of"
-                f" {self._micro_batches}: use Preconditioner(..., micro_batches={self._begun})"
-            )
         if self._fisher == "empirical":
             for name in self._states:
                 self._collect(name)
+        elif self._capture.completions and not self._observations:
+            raise Refused(
+                f"fisher={self._fisher!r} takes its statistics in observe(), and step {self._step} had none: call"
+                " preconditioner.observe(outputs, loss=...) between the forward pass and loss.backward(), or use"
+                " fisher='empirical'"
+            )
+        self._check_passes()
+        self._tell()
+        self._undisturbed += 1
         for name in self._states:
             if name not in self._folded:
                 self._fold(name)
@@ -142,20 +165,74 @@ class Collector:
             for name in self._states:
                 self._collect(name)
             self._observed = (None, None, None)
-            self._begun = self._capture.micro_batch + 2
+
+    def _discard(self, names: Set[str]) -> None:
+        """The gradients that these layers had so far were cleared: so is what was taken with them."""
+        self._undisturbed = -math.inf
+        for name in names:
+            self._fresh.pop(name, None)
+            self._passes.pop(name, None)
+        if not self._capture.completions:  # the step begins anew
+            self._observations = self._sampled = 0
+        late = [name for name in names if name in self._folded]
+        if late:
+            self._notices.once(
+                "discarded pass",
+                f"step {self._step}: the statistics of {len(late)} layer(s), {late[0]!r} among them, have taken in a"
+                " backward pass whose gradient was cleared before the step; from now on such passes are left out. Put"
+                " passes that are no part of a step into `with preconditioner.paused():`",
+            )
 
     def _reached(self, name: str) -> None:
         """A backward pass has completed the layer's weight gradient."""
         if self._fisher == "empirical":
             self._collect(name)
-            if self._capture.micro_batch == self._micro_batches - 1 and name in self._fresh:
+            whole = self._passes[name] == self._micro_batches
+            if whole and self._undisturbed >= UNDISTURBED and name not in self._folded:
                 self._complete(name)
 
     def _collect(self, name: str) -> None:
         with timed(self._timings, "statistics"):
             batch = self._capture.take(name, *self._observed)
             if batch is not None:
+                self._guessed |= self._observed[0] is None
                 self._accumulate(name, batch)
+
+    def _check_passes(self) -> None:
+        passes = max([*self._passes.values(), self._observations])
+        if passes > self._micro_batches:
+            raise RuntimeError(
+                f"the step has {passes} forward and backward passes, and the preconditioner was told of"
+                f" {self._micro_batches}: use Preconditioner(..., micro_batches={passes}), or put passes that are no"
+                " part of the step into `with preconditioner.paused():`"
+            )
+
+    def _tell(self) -> None:
+        """What the passes of this step leave in doubt, each once."""
+        sizes = self._capture.sizes
+        if self._guessed and len(sizes) > 1:
+            listed = ", ".join(f"{size} in layer {name!r}" for size, name in list(sizes.items())[:4])
+            self._notices.once(
+                "count",
+                f"the number of loss terms of a batch was guessed from the last layer's input: the layers had inputs of"
+                f" {listed} samples. If the loss is a mean over another number, call preconditioner.observe(outputs,"
+                " count=...) before backward()",
+            )
+        if self._fisher == "empirical":
+            self._tell_of_nothing()
+
+    def _tell_of_nothing(self) -> None:
+        """Layers whose weight got a gradient in a backward pass, and whose output none."""
+        only, reached = self._capture.only, self._capture.completions
+        for name in self._states:
+            expected = name in reached and (only is None or name in only)
+            if expected and not self._passes[name] and name not in self._folded:
+                self._notices.once(
+                    f"nothing {name}",
+                    f"layer {name!r} got a gradient in step {self._step}, but not through the output of its module, so"
+                    " that no statistics came of it (its weight is used without calling the module, or the loss has"
+                    " derivatives of its output alone)",
+                )
 
     def _complete(self, name: str) -> None:
         with timed(self._timings, "statistics"):
@@ -212,6 +289,7 @@ class Collector:
     @torch.no_grad()
     def _accumulate(self, name: str, batch: LayerBatch) -> None:
         """Statistics of one micro-batch, merged with those of the earlier ones of this step."""
+        self._passes[name] += 1
         if batch.count <= 0:
             return
         batch.ranks = self._ranks

@@ -6,7 +6,7 @@ import warnings
 
 
 class Refused(RuntimeError):
-    """What the script does has no meaning for the preconditioner; the message names the thing, its value and the mend."""
+    """What the script does has no meaning for the preconditioner; the message names thing, value and mend."""
 
 
 class CurvatureWarning(UserWarning):

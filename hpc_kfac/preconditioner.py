@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -171,6 +172,7 @@ class Preconditioner:
             micro_batches,
             self._executor.ready,
             self.timings,
+            self.notices,
         )
         self._attachments.claim()
         self._start_step()
@@ -194,7 +196,8 @@ class Preconditioner:
     ) -> None:
         """Says what the outputs of this forward pass stand for. Call it before `loss.backward()`, once per micro-batch.
 
-        Not needed for the empirical Fisher of a mean loss over the samples of the batch.
+        Not needed for the empirical Fisher of a mean loss over the samples of the batch. Without it the number of loss
+        terms is that of the last captured layer's samples.
 
         Args:
             outputs: the model's outputs [N, ...].
@@ -205,11 +208,23 @@ class Preconditioner:
                 scale times one over the accumulation steps, for example.
             sample_index: [N] number of each sample in the whole batch over all ranks, so that sampled labels do not
                 depend on the rank count.
+
+        Raises:
+            Refused: it comes after the backward pass.
         """
         self._attachments.check()
         if not self.capture.armed:
             return
         self._collector.observe(outputs, loss or CrossEntropy(), count, mask, loss_scale, sample_index)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the forward and backward passes inside out of the statistics; their gradients count all the same."""
+        before, self.capture.paused = self.capture.paused, True
+        try:
+            yield
+        finally:
+            self.capture.paused = before
 
     def step(self, scalars: Mapping[str, float] | None = None, log: bool = False) -> StepReport:
         """Replaces the averaged gradients in `.grad` by preconditioned ones. Once per optimisation step, on all ranks.
@@ -224,6 +239,7 @@ class Preconditioner:
         Raises:
             TrainingDiverged: more than `max_skipped` steps in a row were not finite; on all ranks alike.
             RuntimeError: the step had more passes than `micro_batches`.
+            Refused: the sampled or exact Fisher without `observe`.
             WeightsDiffer: the ranks' weights have drifted apart; on all ranks alike.
             Refused: it was removed, or replaced by a later preconditioner.
         """
@@ -296,6 +312,22 @@ class Preconditioner:
     def summary(self) -> str:
         """What is captured and what is left out, in words."""
         return self.capture.summary()
+
+    def factors(self, layer: str) -> dict[str, Tensor]:
+        """Copies of a layer's running averages on this rank, such as "A" [p, a, a] and "G" [p, o, o] of K-FAC.
+
+        Between two reductions each rank has averages of its own samples; a rank that keeps none has none.
+
+        Args:
+            layer: name of the module.
+
+        Raises:
+            ValueError: no such layer is captured.
+        """
+        if layer not in self.states:
+            some = ", ".join(repr(name) for name in list(self.states)[:5])
+            raise ValueError(f"layer {layer!r} is not captured; the captured layers are {some}")
+        return {name: tensor.clone() for name, tensor in self.states[layer].running.items()}
 
     def plan(self, step: int) -> tuple[Operation, ...]:
         """The operations of a step."""

@@ -52,7 +52,12 @@ class Use:
         version: autograd's version counter of ``inputs``, to notice a later in-place change.
         noted: what the layer noted of the call, see ``CapturedLayer.noted``.
         edge: where autograd delivers the gradient of the output (sampled and exact Fisher).
-        gradient: gradient of the output, once a backward pass has delivered it (empirical Fisher).
+        gradient: gradient of the output, by the backward passes that count (empirical Fisher).
+        number: of the use, in the order of the forward passes.
+        samples: leading dimension of the input, 1 where only the feature dimensions are there.
+        arriving: gradient of the output if the backward pass that is under way counts.
+        task: that pass, by autograd's number.
+        taken: it has gone into statistics.
     """
 
     layer: str
@@ -63,6 +68,11 @@ class Use:
     noted: tuple[Tensor, ...] = ()
     edge: GradientEdge | None = None
     gradient: Tensor | None = None
+    number: int = 0
+    samples: int = 1
+    arriving: Tensor | None = None
+    task: int = -1
+    taken: bool = False
 
 
 @dataclass(frozen=True)

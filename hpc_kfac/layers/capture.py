@@ -14,13 +14,19 @@ from hpc_kfac.layers.batch import LayerBatch, Reading, Use
 from hpc_kfac.layers.hooks import ForwardHook, GradientHook, is_computed, remove_stand_ins
 from hpc_kfac.layers.layer import CapturedLayer
 from hpc_kfac.layers.selection import select
+from hpc_kfac.notices import Refused
 
 
 class Capture:
     """Captures a model's layers. Nothing of a pass is kept while ``armed`` is False.
 
     The first dimension of every input is taken as the sample, except where only the feature dimensions are there.
-    A captured input stays in memory until it is taken, also inside an activation checkpoint.
+    With the empirical Fisher a backward pass counts for a layer if it completes the gradient of the layer's weight:
+    gradients that reach the layer's output in a pass beside it (``torch.autograd.grad`` towards inputs, a pass through
+    frozen weights) do not, and statistics of a gradient that was cleared before the step (``zero_grad`` after the
+    generator's pass through a discriminator, or after the first pass of SAM) are discarded with it. Several backward
+    passes through one forward pass add up. A captured input stays in memory as long as its graph, also inside an
+    activation checkpoint, and until it is taken.
 
     Args:
         model: the model, with its parameters frozen or not as they will be trained.
@@ -39,9 +45,16 @@ class Capture:
         only: names of the layers that are noted; None for all.
         keep_output_gradients: True to note the gradients of ordinary backward passes (empirical Fisher); False to note
             only where a gradient can be asked for, see ``edges`` (sampled and exact Fisher).
+        paused: forward and backward passes are left out.
+        backward_seen: a backward pass has completed a weight's gradient, and no forward pass has followed.
         on_boundary: called when the forward pass of a new micro-batch begins after a backward pass.
         on_gradient: called with a layer's name when a backward pass has completed the gradient of its weight, and with
-            it every use of the layer in that pass.
+            it every use of the layer in that pass; not while the graph is kept for another pass.
+        on_discard: called with the names of layers whose gradient was cleared: what was taken of them in this step is
+            void.
+        completions: by layer whose weight's gradient was completed since the step began, and not cleared, the identity
+            and version of that gradient.
+        sizes: by number of samples a layer that was given so many, over the uses of this step that count.
         micro_batch: number of the micro-batch, from 0 in each optimisation step.
 
     Raises:
@@ -65,13 +78,18 @@ class Capture:
         self.keep_output_gradients = True
         self.on_boundary: Callable[[], None] | None = None
         self.on_gradient: Callable[[str], None] | None = None
+        self.on_discard: Callable[[Set[str]], None] | None = None
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         captured = sum(parameter.numel() for layer in self.layers.values() for parameter in layer.parameters)
         self.coverage = captured / max(trainable, 1)
-        self._pending: dict[str, list[Use]] = {}  # by layer, in the order of the forward pass
+        self._pending: dict[str, list[Use]] = {}  # with edges, by layer, in the order of the forward pass
+        self._arrived: dict[str, list[Use]] = {}  # whose output a backward pass has reached, by layer
+        self._uses = 0
         self.micro_batch = 0
-        self._backward_seen = False
-        self._first = ""  # the layer that the forward pass came to first
+        self.paused = False
+        self.backward_seen = False
+        self.completions: dict[str, tuple[int, int]] = {}
+        self.sizes: dict[int, str] = {}
         self._leading = 0
         self._seen_with_grad: set[str] = set()
         self._seen_without_grad: set[str] = set()
@@ -110,7 +128,8 @@ class Capture:
 
         Args:
             layer: its name.
-            count: number of loss terms M on this rank; None takes the leading dimension of the first layer's input.
+            count: number of loss terms M on this rank; None takes the number of samples that the last layer of the pass
+                was given, which is what the loss is most likely to have had.
             scale: turns captured gradients into gradients of the sum of the terms: M / loss_scale for a mean loss. None
                 takes the count.
             mask: positions [N, S] that count, for layers whose inputs have these leading dimensions.
@@ -118,12 +137,12 @@ class Capture:
         Raises:
             RuntimeError: an input was changed in place after the forward pass.
         """
-        if layer not in self._pending:
-            return None
-        uses = [use for use in self._pending[layer] if use.gradient is not None]
+        uses = [use for use in self._arrived.pop(layer, ()) if use.gradient is not None]
         if not uses:
             return None
-        del self._pending[layer]
+        uses.sort(key=lambda use: use.number)
+        for use in uses:
+            use.taken = True
         count = float(self._leading) if count is None else count
         scale = count if scale is None else scale
         return self._batch(uses, count, self._reading(scale, False, mask))
@@ -152,6 +171,8 @@ class Capture:
         """Begin an optimisation step."""
         self.forget()
         self.micro_batch = 0
+        self.completions.clear()
+        self.sizes.clear()
 
     def forget(self) -> None:
         """Forget all pending uses."""
@@ -159,8 +180,8 @@ class Capture:
             for use in uses:
                 use.edge = None
         self._pending = {}
-        self._backward_seen = False
-        self._first = ""
+        self._arrived = {}
+        self.backward_seen = False
 
     def place(self) -> None:
         """Place the hooks that are wanted at present, and no others."""
@@ -216,11 +237,25 @@ class Capture:
 
     def completed(self, name: str) -> None:
         """A backward pass has completed the gradient of a layer's weight."""
-        if self.armed and self.on_gradient is not None:
+        if self.paused or not self.armed:
+            return
+        task = torch._C._current_graph_task_id()
+        uses = [use for use in self._arrived.get(name, ()) if use.task == task]
+        for use in uses:
+            use.gradient = use.arriving
+            self.sizes.setdefault(use.samples, name)
+        if uses and not self.backward_seen:  # backward passes come to the last layer first
+            self._leading = max(uses, key=lambda use: use.number).samples
+        self.backward_seen = True
+        gradient = self.layers[name].parameters[0].grad
+        self.completions[name] = (id(gradient), -1 if gradient is None else gradient._version)
+        if self.on_gradient is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
             self.on_gradient(name)
 
     def _note(self, layer: CapturedLayer, inputs: Tensor, output: Tensor) -> None:
         name = layer.name
+        if self.paused or not layer.parameters[0].requires_grad:
+            return
         in_backward = torch._C._current_graph_task_id() != -1
         if not (torch.is_grad_enabled() and output.requires_grad):
             if not in_backward and layer.module.training:
@@ -235,24 +270,67 @@ class Capture:
                 )
             return
         self._seen_with_grad.add(name)
-        if self._backward_seen:
-            if self.on_boundary is not None:
-                self.on_boundary()
-            self._backward_seen = False
-            self._first = ""
-            self.micro_batch += 1
-        self._first = self._first or name
-        if name == self._first:  # again when a pass that no backward pass followed is repeated, as after a validation
-            self._leading = inputs.shape[0] if inputs.dim() else 1
-        noted = layer.noted(output)
-        use = Use(name, inputs.detach(), layer.module.training, self.micro_batch, inputs._version, noted)
-        self._pending.setdefault(name, []).append(use)
-        if self.keep_output_gradients:
-            output.register_hook(lambda gradient: self._arrived(use, gradient))
+        if self.backward_seen:
+            self._next_micro_batch()
+        self._uses += 1
+        use = Use(
+            name,
+            inputs.detach(),
+            layer.module.training,
+            self.micro_batch,
+            inputs._version,
+            layer.noted(output),
+            number=self._uses,
+            samples=inputs.shape[0] if inputs.dim() > layer.feature_dims else 1,
+        )
+        if self.keep_output_gradients:  # the graph alone keeps the use, until a backward pass comes to it
+            output.register_hook(lambda gradient: self._arrive(use, gradient))
         else:
             use.edge = get_gradient_edge(output)
+            self._pending.setdefault(name, []).append(use)
 
-    def _arrived(self, use: Use, gradient: Tensor) -> None:
+    def _next_micro_batch(self) -> None:
+        """A forward pass begins after a backward pass."""
+        self._discard(set(self.completions))
+        self.backward_seen = False
+        if self.completions:
+            if self.on_boundary is not None:
+                self.on_boundary()
+            self.micro_batch += 1
+
+    def _arrive(self, use: Use, gradient: Tensor) -> None:
+        """A backward pass has reached the output of a use; whether it counts shows at the weight."""
+        task = torch._C._current_graph_task_id()
+        if self.paused or not self.armed:
+            return
         gradient = gradient.detach()
-        use.gradient = gradient if use.gradient is None else use.gradient + gradient
-        self._backward_seen = True
+        if use.task != task:
+            self._discard({use.layer} & self.completions.keys())
+            if use.taken and use.layer in self.completions:
+                raise Refused(
+                    f"layer {use.layer!r}: a backward pass came to a forward pass whose statistics were taken when"
+                    " another forward pass began; call backward() on all losses of a forward pass before the next one,"
+                    " or on their sum"
+                )
+            use.task, use.arriving, use.taken = task, use.gradient, False
+        use.arriving = gradient if use.arriving is None else use.arriving + gradient
+        uses = self._arrived.setdefault(use.layer, [])
+        if use not in uses:
+            uses.append(use)
+
+    def _discard(self, names: Set[str]) -> None:
+        """Forgets what was taken of those of these layers whose gradient was cleared since."""
+        cleared = {name for name in names if self._cleared(name)}
+        for name in cleared:
+            del self.completions[name]
+            for use in self._arrived.get(name, ()):
+                use.gradient = None
+        if cleared and self.on_discard is not None:
+            self.on_discard(cleared)
+
+    def _cleared(self, name: str) -> bool:
+        gradient = self.layers[name].parameters[0].grad
+        if gradient is None:
+            return True
+        unchanged = self.completions[name] == (id(gradient), gradient._version)
+        return not unchanged and not bool(gradient.any())

@@ -188,6 +188,10 @@ class ConvLayer(CapturedLayer):
     families = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     module: Convolution
 
+    @property
+    def feature_dims(self) -> int:
+        return 1 + len(self.module.kernel_size)
+
     def _shape(self) -> LayerShape:
         weight, groups = self.parameters[0], self.module.groups
         inputs = weight[0].numel() + self.has_bias

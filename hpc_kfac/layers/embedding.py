@@ -164,6 +164,10 @@ class EmbeddingLayer(CapturedLayer):
     families = (nn.Embedding,)
     module: nn.Embedding
 
+    @property
+    def feature_dims(self) -> int:
+        return 0
+
     @staticmethod
     def obstacle(module: nn.Module) -> str | None:
         if module.sparse:

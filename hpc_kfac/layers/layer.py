@@ -51,6 +51,11 @@ class CapturedLayer(ABC):
     def batch(self, uses: Sequence[Use], count: float, reading: Reading = Reading()) -> LayerBatch:  # noqa: B008
         """Statistics of uses of this layer, each with its gradient set, over ``count`` loss terms."""
 
+    @property
+    def feature_dims(self) -> int:
+        """Last dimensions of an input that are features of one sample; the first one before them is the sample."""
+        return 1
+
     def noted(self, output: Tensor) -> tuple[Tensor, ...]:
         """Small tensors of a forward pass that its statistics can use and that the backward pass may free."""
         return ()

@@ -208,6 +208,10 @@ class LayerNormLayer(NormLayer):
     families: ClassVar[tuple[type[nn.Module], ...]] = (nn.LayerNorm,)
     module: nn.LayerNorm | nn.RMSNorm
 
+    @property
+    def feature_dims(self) -> int:
+        return len(self.module.normalized_shape)
+
     def sample_gradients(self, use: Use, reading: Reading) -> Tensor:
         assert use.gradient is not None
         g = (use.gradient if reading.draws else use.gradient.unsqueeze(0)).to(reading.dtype)

@@ -130,7 +130,7 @@ def test_micro_batches_are_further_samples() -> None:
     x = normal(6, 4)
     whole = run(model, x, capture)
     boundaries = []
-    capture.on_boundary = lambda: boundaries.append(sum(map(len, capture._pending.values())))
+    capture.on_boundary = lambda: boundaries.append(sum(map(len, capture._arrived.values())))
     for part in x.split(3):
         (model(part).square().sum(-1).mean() / 2).backward()
     parts = take_all(capture, 6.0)
