@@ -127,8 +127,8 @@ class Collector:
                 for name in [name for name in reversed(tuple(self._states)) if name in self._fresh]:
                     self._complete(name)
 
-    def fold(self) -> None:
-        """Folds what is left of the step's statistics; layers that were not used only age.
+    def finish_passes(self) -> None:
+        """Takes what is left of the step's passes. Before anything else of the step, because it refuses.
 
         Raises:
             RuntimeError: more passes than `micro_batches`.
@@ -145,6 +145,9 @@ class Collector:
             )
         self._check_passes()
         self._tell()
+
+    def fold(self) -> None:
+        """Folds what is left of the step's statistics; layers that were not used only age."""
         self._undisturbed += 1
         for name in self._states:
             if name not in self._folded:
@@ -210,13 +213,23 @@ class Collector:
     def _tell(self) -> None:
         """What the passes of this step leave in doubt, each once."""
         sizes = self._capture.sizes
-        if self._guessed and len(sizes) > 1:
-            listed = ", ".join(f"{size} in layer {name!r}" for size, name in list(sizes.items())[:4])
+        mixed = {micro_batch for micro_batch, count in Counter(key[0] for key in sizes).items() if count > 1}
+        if self._guessed and mixed:
+            found = [f"{size} in layer {name!r}" for (micro_batch, size), name in sizes.items() if micro_batch in mixed]
+            listed = ", ".join(found[:4])
             self._notices.once(
                 "count",
                 f"the number of loss terms of a batch was guessed from the last layer's input: the layers had inputs of"
                 f" {listed} samples. If the loss is a mean over another number, call preconditioner.observe(outputs,"
                 " count=...) before backward()",
+            )
+        if self._capture.time_first and self._capture.sequences:
+            self._notices.once(
+                "time first",
+                f"module {self._capture.time_first!r} takes sequences time-first ([T, N, ...], batch_first=False), but"
+                f" the first dimension of an input, as that of layer {self._capture.sequences!r}, is taken as the"
+                " sample: use batch_first=True with methods that look at single samples (ekfac, those of rows), and with all"
+                " others call preconditioner.observe(outputs, count=N) before backward()",
             )
         if self._fisher == "empirical":
             self._tell_of_nothing()

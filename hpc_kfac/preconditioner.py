@@ -246,6 +246,8 @@ class Preconditioner:
         self._attachments.check()
         if self._check_weights_every and self.steps % self._check_weights_every == 0 and self._comm.size > 1:
             check_weights(dict(self._model.named_parameters()), self.trainers, self.steps)
+        if self._due.statistics and self.method.reads == "samples":
+            self._collector.finish_passes()
         rates = self._base.learning_rates()
         damping = self.damping.at(self.steps, max(rates.values()))
         inputs = StepInputs(self.steps, damping, rates, scalars or {}, log, self._collector.fold)

@@ -54,7 +54,9 @@ class Capture:
             void.
         completions: by layer whose weight's gradient was completed since the step began, and not cleared, the identity
             and version of that gradient.
-        sizes: by number of samples a layer that was given so many, over the uses of this step that count.
+        sizes: by micro-batch and number of samples a layer that was given so many, over the uses that count.
+        sequences: a layer whose input had further dimensions between sample and features; "" for none.
+        time_first: a module that takes sequences as [T, N, ...]; "" for none.
         micro_batch: number of the micro-batch, from 0 in each optimisation step.
 
     Raises:
@@ -89,7 +91,9 @@ class Capture:
         self.paused = False
         self.backward_seen = False
         self.completions: dict[str, tuple[int, int]] = {}
-        self.sizes: dict[int, str] = {}
+        self.sizes: dict[tuple[int, int], str] = {}
+        self.sequences = ""
+        self.time_first = next((name for name, module in model.named_modules() if _time_first(module)), "")
         self._leading = 0
         self._seen_with_grad: set[str] = set()
         self._seen_without_grad: set[str] = set()
@@ -204,6 +208,9 @@ class Capture:
                     f"the input of layer {use.layer!r} was changed in place after the forward pass, so its statistics "
                     f"are lost; avoid the in-place operation, copy the input, or leave the layer out with skip"
                 )
+            self.sizes.setdefault((use.micro_batch, use.samples), use.layer)
+            if use.inputs.dim() > self.layers[use.layer].feature_dims + 1:
+                self.sequences = use.layer
         return self.layers[uses[0].layer].batch(uses, count, reading)
 
     def _place_hooks(self, wanted: Set[str]) -> None:
@@ -243,7 +250,6 @@ class Capture:
         uses = [use for use in self._arrived.get(name, ()) if use.task == task]
         for use in uses:
             use.gradient = use.arriving
-            self.sizes.setdefault(use.samples, name)
         if uses and not self.backward_seen:  # backward passes come to the last layer first
             self._leading = max(uses, key=lambda use: use.number).samples
         self.backward_seen = True
@@ -325,6 +331,8 @@ class Capture:
             del self.completions[name]
             for use in self._arrived.get(name, ()):
                 use.gradient = None
+        if not self.completions:
+            self.sizes.clear()
         if cleared and self.on_discard is not None:
             self.on_discard(cleared)
 
@@ -334,3 +342,7 @@ class Capture:
             return True
         unchanged = self.completions[name] == (id(gradient), gradient._version)
         return not unchanged and not bool(gradient.any())
+
+
+def _time_first(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and not module.batch_first
