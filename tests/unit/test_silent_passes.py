@@ -239,12 +239,13 @@ def test_two_passes_in_the_gradient_are_advised_as_micro_batches() -> None:
 
 def test_backward_through_an_earlier_forward_pass_again_is_refused() -> None:
     model = net()
-    preconditioner_of(model, micro_batches=3)
+    p = preconditioner_of(model, micro_batches=3)
     first = loss_of(model)
     first.backward(retain_graph=True)
     loss_of(model, 2 * X).backward()
     with pytest.raises(hk.Refused, match="on all losses of a forward pass before the next"):
         first.backward()
+    p.remove()
 
 
 def test_passes_that_get_no_backward_leave_nothing() -> None:
