@@ -228,8 +228,8 @@ class Collector:
                 "time first",
                 f"module {self._capture.time_first!r} takes sequences time-first ([T, N, ...], batch_first=False), but"
                 f" the first dimension of an input, as that of layer {self._capture.sequences!r}, is taken as the"
-                " sample: use batch_first=True with methods that look at single samples (ekfac, those of rows), and with"
-                " all others call preconditioner.observe(outputs, count=N) before backward()",
+                " sample: use batch_first=True with methods that look at single samples (ekfac, those of rows), and"
+                " with all others call preconditioner.observe(outputs, count=N) before backward()",
             )
         if self._fisher == "empirical":
             self._tell_of_nothing()
