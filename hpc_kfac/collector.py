@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hpc_kfac.doubts import Doubts
 from hpc_kfac.fisher import OutputDistribution, Uniform
 from hpc_kfac.keyed_random import uniform
 from hpc_kfac.layers import Capture, LayerBatch, LayerShape
@@ -77,6 +78,7 @@ class Collector:
         self._fisher, self._seed, self._rank, self._ranks = fisher, seed, rank, ranks
         self._micro_batches, self._ready, self._timings = micro_batches, ready, timings
         self._notices = notices
+        self._doubts = Doubts(capture, notices, micro_batches, getattr(method, "relative_damping", None) is True)
         self.folds = 0
         self._undisturbed = 0.0
         capture.keep_output_gradients = fisher == "empirical"
@@ -95,7 +97,9 @@ class Collector:
         self._observed: tuple[float | None, float | None, Tensor | None] = (None, None, None)
         self._passes: Counter[str] = Counter()  # micro-batches that went into the statistics, by layer
         self._observations = 0
+        self._overflown: set[str] = set()
         self._guessed = False  # the number of loss terms
+        self._doubts.start()
         self._sampled = 0  # rows of this step's earlier micro-batches
 
     def observe(
@@ -144,7 +148,7 @@ class Collector:
                 " fisher='empirical'"
             )
         self._check_passes()
-        self._tell()
+        self._doubts.tell(self._step, self._guessed, self._passes.keys())
 
     def fold(self) -> None:
         """Folds what is left of the step's statistics; layers that were not used only age."""
@@ -155,6 +159,8 @@ class Collector:
 
     def finish(self, applied: bool) -> None:
         """Ends a step with statistics. If the first one of all came to nothing, the next one is the first again."""
+        if applied:
+            self._doubts.overflown(self._overflown, self._step)
         if applied or self.folds:
             self.folds += 1
             return
@@ -188,6 +194,8 @@ class Collector:
 
     def _reached(self, name: str) -> None:
         """A backward pass has completed the layer's weight gradient."""
+        if self._observed[0] is None:
+            self._doubts.reached(name)
         if self._fisher == "empirical":
             self._collect(name)
             whole = self._passes[name] == self._micro_batches
@@ -209,43 +217,6 @@ class Collector:
                 f" {self._micro_batches}: use Preconditioner(..., micro_batches={passes}), or put passes that are no"
                 " part of the step into `with preconditioner.paused():`"
             )
-
-    def _tell(self) -> None:
-        """What the passes of this step leave in doubt, each once."""
-        sizes = self._capture.sizes
-        mixed = {micro_batch for micro_batch, count in Counter(key[0] for key in sizes).items() if count > 1}
-        if self._guessed and mixed:
-            found = [f"{size} in layer {name!r}" for (micro_batch, size), name in sizes.items() if micro_batch in mixed]
-            listed = ", ".join(found[:4])
-            self._notices.once(
-                "count",
-                f"the number of loss terms of a batch was guessed from the last layer's input: the layers had inputs of"
-                f" {listed} samples. If the loss is a mean over another number, call preconditioner.observe(outputs,"
-                " count=...) before backward()",
-            )
-        if self._capture.time_first and self._capture.sequences:
-            self._notices.once(
-                "time first",
-                f"module {self._capture.time_first!r} takes sequences time-first ([T, N, ...], batch_first=False), but"
-                f" the first dimension of an input, as that of layer {self._capture.sequences!r}, is taken as the"
-                " sample: use batch_first=True with methods that look at single samples (ekfac, those of rows), and"
-                " with all others call preconditioner.observe(outputs, count=N) before backward()",
-            )
-        if self._fisher == "empirical":
-            self._tell_of_nothing()
-
-    def _tell_of_nothing(self) -> None:
-        """Layers whose weight got a gradient in a backward pass, and whose output none."""
-        only, reached = self._capture.only, self._capture.completions
-        for name in self._states:
-            expected = name in reached and (only is None or name in only)
-            if expected and not self._passes[name] and name not in self._folded:
-                self._notices.once(
-                    f"nothing {name}",
-                    f"layer {name!r} got a gradient in step {self._step}, but not through the output of its module, so"
-                    " that no statistics came of it (its weight is used without calling the module, or the loss has"
-                    " derivatives of its output alone)",
-                )
 
     def _complete(self, name: str) -> None:
         with timed(self._timings, "statistics"):
@@ -308,7 +279,8 @@ class Collector:
         batch.ranks = self._ranks
         fresh = self._method.statistics(batch, self._states[name].view(), self._shapes[name])
         if not all(is_finite(tensor) for tensor in fresh.values()):
-            return  # an overflown micro-batch, as a gradient scaler meets now and then
+            self._overflown.add(name)  # as a gradient scaler meets it now and then
+            return
         if name in self._fresh:
             merged, count = self._fresh[name]
             self._method.fold(merged, fresh, count / (count + batch.count))

@@ -350,6 +350,38 @@ def test_layer_that_folds_nothing_is_told_once() -> None:
     assert losses[2] < losses[0] and not p.factors("2")
 
 
+def test_what_the_passes_leave_in_doubt_is_told() -> None:
+    model = net()
+    p = preconditioner_of(model)
+    with pytest.warns(hk.CurvatureWarning, match="step 0.*have no gradient.*loss.backward"):
+        p.step()
+    p = preconditioner_of(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.warns(hk.CurvatureWarning, match="no backward pass was seen"):
+        p.step()
+    model.zero_grad()
+    p = preconditioner_of(model)
+    (2.0**16 * loss_of(model)).backward()
+    for parameter in model.parameters():
+        parameter.grad /= 2.0**16
+    with pytest.warns(hk.CurvatureWarning, match=r"6.55e\+04 times shorter.*loss_scale=scaler.get_scale"):
+        p.step()
+    p = preconditioner_of(model, micro_batches=2)
+    for _ in range(2):
+        (loss_of(model) / 2).backward()
+    with pytest.warns(hk.CurvatureWarning, match=r"micro-batches are taken as they are.*loss_scale=1/2"):
+        p.step()
+
+
+def test_statistics_that_overflow_beside_finite_gradients_are_told() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    p = preconditioner_of(model, precision=hk.Precision())
+    (1e25 * model(1e-15 * torch.ones(4, 2)).sum()).backward()
+    with pytest.warns(hk.CurvatureWarning, match="statistics of layer '' were not finite in step 0"):
+        assert p.step().applied
+
+
 def test_factors_are_copies_by_name() -> None:
     model = net()
     p = preconditioner_of(model)
