@@ -239,9 +239,8 @@ class Collector:
         self, outputs: Tensor, loss: OutputDistribution, terms: float, mask: Tensor | None, sample_index: Tensor | None
     ) -> None:
         """Derivatives of the model's own distribution towards every layer's output, beside the training gradient."""
-        pairs = self._capture.edges()
-        edges = [use.edge for _, use in pairs if use.edge is not None]
-        if not edges:
+        pairs = self._capture.edges(outputs)
+        if not pairs:
             return
         exact = self._fisher == "exact"
         if exact:
@@ -250,10 +249,11 @@ class Collector:
             seeds = loss.sample_gradient(outputs.detach(), self._label_source(outputs, sample_index))
         if mask is not None:
             seeds = seeds * _aligned(mask, seeds, outputs)
+        edges = [edge for _, edge in pairs]
         gradients = torch.autograd.grad(
             outputs, edges, grad_outputs=seeds, retain_graph=True, allow_unused=True, is_grads_batched=exact
         )
-        by_use = {use: gradient for (_, use), gradient in zip(pairs, gradients, strict=True)}
+        by_use = {use: gradient for (use, _), gradient in zip(pairs, gradients, strict=True)}
         for name, batch in self._capture.take_gradients(by_use, count=terms, draws=exact, mask=mask).items():
             self._accumulate(name, batch)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from hpc_kfac.linalg.structure import Dense, Structure
 
@@ -51,7 +50,6 @@ class Use:
         micro_batch: number of the micro-batch; uses of one micro-batch share their samples.
         version: autograd's version counter of ``inputs``, to notice a later in-place change.
         noted: what the layer noted of the call, see ``CapturedLayer.noted``.
-        edge: where autograd delivers the gradient of the output (sampled and exact Fisher).
         gradient: gradient of the output, by the backward passes that count (empirical Fisher).
         number: of the use, in the order of the forward passes.
         samples: leading dimension of the input, 1 where only the feature dimensions are there.
@@ -66,13 +64,19 @@ class Use:
     micro_batch: int = 0
     version: int = 0
     noted: tuple[Tensor, ...] = ()
-    edge: GradientEdge | None = None
     gradient: Tensor | None = None
     number: int = 0
     samples: int = 1
     arriving: Tensor | None = None
     task: int = -1
     taken: bool = False
+
+    def moved(self) -> Use:
+        """A use with all that this one holds, of which nothing is left."""
+        moved = replace(self)
+        self.inputs, self.noted, self.gradient, self.arriving = self.inputs.new_empty(0), (), None, None
+        self.taken = True
+        return moved
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from hpc_kfac.layers.batch import LayerBatch, Reading, Use
 from hpc_kfac.layers.hooks import ForwardHook, GradientHook, is_computed, remove_stand_ins
@@ -84,7 +84,6 @@ class Capture:
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         captured = sum(parameter.numel() for layer in self.layers.values() for parameter in layer.parameters)
         self.coverage = captured / max(trainable, 1)
-        self._pending: dict[str, list[Use]] = {}  # with edges, by layer, in the order of the forward pass
         self._arrived: dict[str, list[Use]] = {}  # whose output a backward pass has reached, by layer
         self._uses = 0
         self.micro_batch = 0
@@ -120,10 +119,22 @@ class Capture:
             text += f" Left to the optimizer alone: {'; '.join(items)}."
         return text
 
-    def edges(self) -> list[tuple[CapturedLayer, Use]]:
-        """The pending uses whose gradient can be asked for, layer by layer in the order of the forward pass."""
-        pairs = ((self.layers[name], use) for name, uses in self._pending.items() for use in uses)
-        return [(layer, use) for layer, use in pairs if use.edge is not None]
+    def edges(self, outputs: Tensor) -> list[tuple[Use, GradientEdge]]:
+        """The uses that outputs depend on, in the order of the forward pass, less those that were taken.
+
+        With each comes the edge where autograd delivers the gradient of the layer's output.
+        """
+        found: list[tuple[Use, GradientEdge]] = []
+        seen: set[Any] = set()
+        ahead: list[Any] = [outputs.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            ahead += [after for after, _ in node.next_functions]
+            found += [(use, GradientEdge(node, number)) for number, use in node.metadata.get(self, {}).items()]
+        return sorted((pair for pair in found if not pair[0].taken), key=lambda pair: pair[0].number)
 
     def take(
         self, layer: str, count: float | None, scale: float | None, mask: Tensor | None = None
@@ -144,9 +155,6 @@ class Capture:
         uses = [use for use in self._arrived.pop(layer, ()) if use.gradient is not None]
         if not uses:
             return None
-        uses.sort(key=lambda use: use.number)
-        for use in uses:
-            use.taken = True
         count = float(self._leading) if count is None else count
         scale = count if scale is None else scale
         return self._batch(uses, count, self._reading(scale, False, mask))
@@ -164,11 +172,10 @@ class Capture:
         """
         reading = self._reading(1.0, draws, mask)
         by_layer: dict[str, list[Use]] = {name: [] for name in self.layers}
-        for name, uses in self._pending.items():
-            for use in uses:
-                use.gradient = gradients.get(use)
-            by_layer[name] += [use for use in uses if use.gradient is not None]
-        self.forget()
+        for use, gradient in gradients.items():
+            if gradient is not None:
+                use.gradient = gradient
+                by_layer[use.layer].append(use)
         return {name: self._batch(uses, count, reading) for name, uses in by_layer.items() if uses}
 
     def clear(self) -> None:
@@ -179,11 +186,7 @@ class Capture:
         self.sizes.clear()
 
     def forget(self) -> None:
-        """Forget all pending uses."""
-        for uses in self._pending.values():
-            for use in uses:
-                use.edge = None
-        self._pending = {}
+        """Forget what backward passes have reached."""
         self._arrived = {}
         self.backward_seen = False
 
@@ -211,7 +214,9 @@ class Capture:
             self.sizes.setdefault((use.micro_batch, use.samples), use.layer)
             if use.inputs.dim() > self.layers[use.layer].feature_dims + 1:
                 self.sequences = use.layer
-        return self.layers[uses[0].layer].batch(uses, count, reading)
+        # The graph keeps its uses, and the loss the graph: what they hold is moved out of them.
+        moved = [use.moved() for use in sorted(uses, key=lambda use: use.number)]
+        return self.layers[uses[0].layer].batch(moved, count, reading)
 
     def _place_hooks(self, wanted: Set[str]) -> None:
         if self._hooks.keys() == wanted:
@@ -289,11 +294,12 @@ class Capture:
             number=self._uses,
             samples=inputs.shape[0] if inputs.dim() > layer.feature_dims else 1,
         )
-        if self.keep_output_gradients:  # the graph alone keeps the use, until a backward pass comes to it
+        # The graph alone keeps the use, until a backward pass comes to it.
+        if self.keep_output_gradients:
             output.register_hook(lambda gradient: self._arrive(use, gradient))
         else:
-            use.edge = get_gradient_edge(output)
-            self._pending.setdefault(name, []).append(use)
+            node: Any = output.grad_fn
+            node.metadata.setdefault(self, {})[output.output_nr] = use
 
     def _next_micro_batch(self) -> None:
         """A forward pass begins after a backward pass."""

@@ -63,13 +63,13 @@ def test_edges_reach_the_output_before_an_in_place_activation() -> None:
     expected = run(model, x, capture)
     capture.keep_output_gradients = False
     output = model(x)
-    pairs = capture.edges()
-    assert [layer.name for layer, _ in pairs] == ["0", "2"]
-    gradients = torch.autograd.grad(output.square().sum(), [use.edge for _, use in pairs])
-    batches = capture.take_gradients({use: g for (_, use), g in zip(pairs, gradients, strict=True)}, count=6)
+    pairs = capture.edges(output)
+    assert [use.layer for use, _ in pairs] == ["0", "2"]
+    gradients = torch.autograd.grad(output.square().sum(), [edge for _, edge in pairs], retain_graph=True)
+    batches = capture.take_gradients({use: g for (use, _), g in zip(pairs, gradients, strict=True)}, count=6)
     for name in expected:
         assert_same(batches[name], expected[name])
-    assert not capture.edges()
+    assert not capture.edges(output)
 
 
 def test_batched_edges_give_draws() -> None:
@@ -77,10 +77,10 @@ def test_batched_edges_give_draws() -> None:
     capture = armed(model)
     capture.keep_output_gradients = False
     output = model(normal(6, 4))
-    pairs = capture.edges()
+    pairs = capture.edges(output)
     seeds = torch.eye(3, dtype=torch.float64).unsqueeze(1).expand(3, 6, 3)
-    gradients = torch.autograd.grad(output, [use.edge for _, use in pairs], seeds, is_grads_batched=True)
-    by_use = {use: g for (_, use), g in zip(pairs, gradients, strict=True)}
+    gradients = torch.autograd.grad(output, [edge for _, edge in pairs], seeds, is_grads_batched=True)
+    by_use = {use: g for (use, _), g in zip(pairs, gradients, strict=True)}
     batches = capture.take_gradients(by_use, count=6, draws=True)
     torch.testing.assert_close(moments(batches["2"])[1][0], torch.eye(3, dtype=torch.float64))
 
@@ -89,8 +89,8 @@ def test_gradient_that_is_none_leaves_the_use_out() -> None:
     model = mlp()
     capture = armed(model)
     capture.keep_output_gradients = False
-    model(normal(6, 4))
-    assert capture.take_gradients({use: None for _, use in capture.edges()}, count=6) == {}
+    output = model(normal(6, 4))
+    assert capture.take_gradients({use: None for use, _ in capture.edges(output)}, count=6) == {}
 
 
 def test_module_used_twice_has_further_positions() -> None:
@@ -198,7 +198,7 @@ def test_teacher_without_gradients_is_no_reentrant_checkpoint() -> None:
     x = normal(6, 4)
     with torch.no_grad():
         model(x)
-    assert not capture._pending
+    assert not capture._uses
     checkpoint(model, x, use_reentrant=False).square().sum().backward()
     assert set(take_all(capture)) == {"0", "2"}
 
@@ -234,13 +234,13 @@ def test_nothing_is_noted_unless_armed_and_differentiated() -> None:
     capture = Capture(model, dtype=torch.float64)
     x = normal(6, 4)
     model(x).sum().backward()
-    assert not capture._pending
+    assert not capture._uses
     capture.armed = True
     with torch.no_grad():
         model(x)
     with torch.inference_mode():
         model(x)
-    assert not capture._pending
+    assert not capture._uses
     model.eval()
     model(x).sum().backward()
     assert set(take_all(capture)) == {"0", "2"}
@@ -271,7 +271,7 @@ def test_input_that_is_changed_afterwards_is_an_error() -> None:
     x.add_(1)
     with pytest.raises(RuntimeError, match="changed in place.*skip"):
         take_all(capture)
-    assert not capture._pending
+    assert not capture._arrived
 
 
 def test_statistics_hold_no_graph() -> None:
@@ -285,10 +285,10 @@ def test_copies_are_not_captured_and_remove_ends_capture() -> None:
     model = mlp()
     capture = armed(model)
     copy.deepcopy(model)(normal(6, 4)).sum().backward()
-    assert not capture._pending
+    assert not capture._uses
     capture.remove()
     model(normal(6, 4)).sum().backward()
-    assert not capture._pending
+    assert not capture._uses
 
 
 def hooks(module: nn.Module) -> int:

@@ -83,8 +83,7 @@ def test_a_model_is_saved_and_copied_at_every_step_and_its_copies_are_plain(tmp_
         ):
             assert torch.equal(other(X), model(X) if other is not average else average.module(X))
             F.cross_entropy(other(X), Y).backward()
-            preconditioner.capture.clear()
-            assert not preconditioner.capture._pending
+            assert not preconditioner.capture.completions
         assert step < 3 or preconditioner.capture.armed  # so that hooks were on
     torch.save(model, tmp_path / "model.pt")
     # Where the package is not installed.
@@ -182,7 +181,7 @@ def test_other_uses_of_the_model_work_and_leave_statistics_alone(use: Any) -> No
     expected = use(plain)
     preconditioner = made(model)[1]
     got = use(model)
-    assert not preconditioner.capture._pending
+    assert not preconditioner.capture._uses
     F.cross_entropy(model(X), Y).backward()
     use(model)
     preconditioner.step()
@@ -217,13 +216,14 @@ def test_a_cell_run_again_replaces_the_preconditioner_and_a_dropped_one_is_gone(
         optimizer, preconditioner = made(model)  # the name holds the one before
         train(model, model, preconditioner, 2)
         first = preconditioner.capture
+    noted = first._uses
     assert hooks(model) == 4
     later = made(model)[1]
     assert hooks(model) == 4
     F.cross_entropy(model(X), Y).backward()
     with pytest.raises(hk.Refused, match="replaced.*'0'"):
         preconditioner.step()
-    assert not first._pending
+    assert first._uses == noted
     later.step()
     del later  # the earlier one has its hooks back
     train(model, model, preconditioner, 1)

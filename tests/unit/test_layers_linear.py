@@ -78,9 +78,9 @@ def test_reduce_is_exact_for_a_linear_network_with_summed_outputs() -> None:
     capture = Capture(module, weight_sharing="reduce", dtype=torch.float64)
     capture.armed, capture.keep_output_gradients = True, False
     output = module(x).mean(1)
-    ((_, use),) = capture.edges()
+    ((use, edge),) = capture.edges(output)
     # Unit-variance Gaussian outputs: one draw for each output, the unit vectors.
-    draws = torch.stack([torch.autograd.grad(output[:, i].sum(), [use.edge], retain_graph=True)[0] for i in range(2)])
+    draws = torch.stack([torch.autograd.grad(output[:, i].sum(), [edge], retain_graph=True)[0] for i in range(2)])
     batch = capture.take_gradients({use: draws}, count=6, draws=True)[""]
     mean_x = x.mean(1)
     exact = torch.kron(torch.eye(2, dtype=torch.float64), mean_x.T @ mean_x / 6)

@@ -248,14 +248,26 @@ def test_backward_through_an_earlier_forward_pass_again_is_refused() -> None:
     p.remove()
 
 
-def test_passes_that_get_no_backward_leave_nothing() -> None:
-    model = net()
-    p = preconditioner_of(model)
-    outputs = [model(X) for _ in range(3)]
-    del outputs
+def held() -> list[Use]:
+    """Uses that still have an input."""
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) is Use]
-    loss_of(model).backward()
+    return [thing for thing in gc.get_objects() if type(thing) is Use and thing.inputs.numel()]
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+def test_passes_hold_inputs_as_long_as_they_are_needed(fisher: str) -> None:
+    """Those that get no backward pass go with their graph; of the others nothing is left, though the loss lives."""
+    model = net()
+    p = preconditioner_of(model, fisher=fisher)
+    foreign = [model(X) for _ in range(3)]
+    assert len(held()) == 6
+    del foreign
+    assert not held()
+    outputs = model(X)
+    p.observe(outputs)
+    loss = F.cross_entropy(outputs, Y)
+    loss.backward()
+    assert not held()
     assert p.step().applied
 
 
