@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,13 +11,19 @@ from torch import Tensor, nn
 
 from hpc_kfac.distributed.communicator import Communicator
 from hpc_kfac.layers import CapturedLayer
+from hpc_kfac.linalg.scaling import size_of
+from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.step_control import KLClip, StepControl
 from hpc_kfac.step_report import LayerReport, StepInputs
 
+LESS = 2.0**-64
+"""What <U, D> is measured times: sums of squares of 1e28 are finite then, and what vanishes is far below any bound."""
+Quadratic = Callable[[Tensor], Tensor]
+
 LOGGED = 5
-"""Numbers of each layer that a logged step reduces, too: <U, D>, <U, U>, <D, D>, size of the update, staleness."""
+"""Numbers of each layer that a logged step reduces, too: <U, D>, cosine, curvature share, size of update, staleness."""
 FIXED = 4
-"""Numbers that every step reduces: <U, D>, ranks with a gradient that is not finite, refreshed layers, failures."""
+"""Numbers that every step reduces: <U, D>, ranks with an update that is not finite, refreshed layers, failures."""
 
 
 @dataclass
@@ -25,7 +31,7 @@ class Agreed:
     """What all ranks have agreed on.
 
     Attributes:
-        applied: all gradients are finite.
+        applied: all updates are finite.
         kl_scale: what the update was shortened by.
         refreshed: number of layers.
         failures: number of decompositions.
@@ -72,7 +78,12 @@ class Agreement:
         device = parameters[0].device
         self._products = torch.zeros(len(layers), LOGGED, dtype=dtype, device=device)
         self._rows = {name: row.split(1) for name, row in zip(layers, self._products, strict=True)}
-        self._squares = torch.zeros(len(self._others), dtype=dtype, device=device)
+        # The largest entry of what each layer is given and of each other gradient: squares overflow long before.
+        self._largest = torch.zeros(len(layers) + len(self._others), dtype=dtype, device=device)
+        self._entries = self._largest.unbind()
+        self._entry = dict(zip(layers, self._entries, strict=False))
+        self._limits = {name: _limit(layer) for name, layer in layers.items()}
+        self._work = Workspace()
         self._scale = torch.ones((), dtype=dtype, device=device)
         self._vectors: dict[int, Tensor] = {}
         self._measured: set[str] = set()
@@ -84,19 +95,42 @@ class Agreement:
     def start_step(self) -> None:
         self._measured.clear()
 
-    def measure(self, name: str, update: Tensor, gradient: Tensor, log: bool) -> None:
-        """Notes <U, D> of a layer that this rank preconditions; with `log` also <U, U> and <D, D>."""
+    def measure(self, name: str, update: Tensor, gradient: Tensor) -> None:
+        """Notes <U, D> of a layer that this rank preconditions; needed where the control asks for it."""
+        if isinstance(self._control, KLClip):
+            less = self._work.number("less", LESS, gradient.dtype, gradient.device)
+            _dot(update, torch.mul(gradient, less, out=self._work.like("scaled", gradient)), self._rows[name][0])
+
+    def describe(self, name: str, update: Tensor, gradient: Tensor, quadratic: Quadratic | None) -> None:
+        """Notes cosine and curvature share, on logged steps alone, for any size of the numbers.
+
+        Args:
+            name: of the layer.
+            update: [p, o, a] U, before its length is bounded.
+            gradient: [p, o, a] D.
+            quadratic: gives <U, F U> with the undamped curvature; None for a plain gradient.
+        """
+        u, d = size_of(update), size_of(gradient)
+        unit_update, unit_gradient = update / u, gradient / d
+        product = (unit_update * unit_gradient).sum().double()
+        norms = unit_update.norm().double() * unit_gradient.norm().double()
         row = self._rows[name]
-        _dot(update, gradient, row[0])
-        if log:
-            _dot(update, update, row[1])
-            _dot(gradient, gradient, row[2])
+        row[1].copy_(torch.where(norms > 0, product / norms, 1.0))
+        row[2].zero_()
+        if quadratic is not None:
+            share = quadratic(unit_update).double() * u.double() / (d.double() * product)
+            row[2].copy_(torch.where(product > 0, share, 0.0).view(1))
+
+    def check(self, name: str, update: Tensor) -> None:
+        """Notes whether what is written into a layer's gradient is finite there."""
+        _largest(update, self._entry[name])
         self._measured.add(name)
 
     def measure_size(self, name: str, update: Tensor, staleness: int) -> None:
         """Notes how large a layer's update is by its weights, and how old its curvature; on logged steps alone."""
         row = self._rows[name]
-        weights = torch.stack([p.detach().norm() for p in self._layers[name].parameters]).norm()
+        parameters = self._layers[name].parameters
+        weights = torch.stack([torch.linalg.vector_norm(p.detach(), dtype=update.dtype) for p in parameters]).norm()
         row[3].copy_(update.norm() / weights.clamp(min=torch.finfo(weights.dtype).tiny))
         row[4].fill_(staleness)
 
@@ -111,12 +145,13 @@ class Agreement:
             failures: decompositions that failed on this rank.
             changes: the layers whose change is asked for, with the change where this rank has measured it.
         """
-        products = dict(zip(self._layers, self._products.tolist(), strict=True))
         clip = self._control if isinstance(self._control, KLClip) else None
+        measured = self._products.tolist() if clip is not None or inputs.log else [[0.0] * LOGGED] * len(self._layers)
+        products = dict(zip(self._layers, measured, strict=True))
         owned = [name for name in self._layers if name in self._measured and self._owned[name]]
         weights = [1.0 if clip is None else clip.weight(inputs.learning_rates[name]) for name in owned]
-        quadratic = sum(weight * products[name][0] for weight, name in zip(weights, owned, strict=True))
-        finite = self._others_finite() and all(math.isfinite(products[name][0]) for name in self._measured)
+        quadratic = sum(weight / LESS * products[name][0] for weight, name in zip(weights, owned, strict=True))
+        finite = self._finite() and math.isfinite(quadratic)
         values = [quadratic if finite else 0.0, float(not finite), refreshed, float(failures), *inputs.scalars.values()]
         values += [0.0 if change is None else 1.0 + change for change in changes.values()]
         if inputs.log:
@@ -137,7 +172,7 @@ class Agreement:
             failures=int(totals[3]),
             scalars=dict(zip(inputs.scalars, totals[FIXED:first_change], strict=True)),
             changes={name: value - 1.0 for name, value in found if value > 0},
-            layers=self._reports(totals[first_log:], inputs.damping, scale) if inputs.log else {},
+            layers=self._reports(totals[first_log:], scale) if inputs.log else {},
         )
 
     def _sum(self, values: list[float]) -> list[float]:
@@ -150,23 +185,41 @@ class Agreement:
             self._comm.allreduce(vector, "control", "step control").wait()
         return vector.tolist()
 
-    def _others_finite(self) -> bool:
-        """Whether the gradients that are left to the optimizer are; a bad one of this rank alone counts as well."""
-        for i, parameter in enumerate(self._others):
+    def _finite(self) -> bool:
+        """Whether all that was written is, and what is left to the optimizer; a bad one of this rank alone counts."""
+        for parameter, entry in zip(self._others, self._entries[len(self._layers) :], strict=True):
             if parameter.grad is None:
-                self._squares[i].zero_()
+                entry.zero_()
             else:
-                _dot(parameter.grad, parameter.grad, self._squares[i : i + 1])
-        return all(math.isfinite(value) for value in self._squares.tolist())
+                _largest(parameter.grad, entry)
+        largest = self._largest.tolist()
+        written = dict(zip(self._layers, largest, strict=False))
+        others = largest[len(self._layers) :]
+        return all(map(math.isfinite, others)) and all(written[n] < self._limits[n] for n in self._measured)
 
-    def _reports(self, values: list[float], damping: float, scale: float) -> dict[str, LayerReport]:
+    def _reports(self, values: list[float], scale: float) -> dict[str, LayerReport]:
         reports = {}
         for position, name in enumerate(self._layers):
-            product, update, gradient, size, staleness = values[LOGGED * position : LOGGED * (position + 1)]
-            norms = math.sqrt(update * gradient)
-            share = 1.0 - damping * update / product if product > 0 else 0.0
-            reports[name] = LayerReport(product / norms if norms > 0 else 1.0, share, scale * size, int(staleness))
+            _, cosine, share, size, staleness = values[LOGGED * position : LOGGED * (position + 1)]
+            reports[name] = LayerReport(cosine, share, scale * size, int(staleness))
         return reports
+
+
+def _limit(layer: CapturedLayer) -> float:
+    """What rounds to infinity in a layer's gradients."""
+    least = min((torch.finfo(p.dtype) for p in layer.parameters), key=lambda info: info.max)
+    return least.max * (1.0 + least.eps / 4) if least.max < torch.finfo(torch.float32).max else math.inf
+
+
+def _largest(tensor: Tensor, out: Tensor) -> None:
+    """The largest absolute entry; inf and NaN are kept. Allocates nothing where the dtypes are the same."""
+    values = tensor._values() if tensor.is_sparse else tensor
+    if values.numel() == 0:
+        out.zero_()
+    elif values.dtype == out.dtype:
+        torch.linalg.vector_norm(values, math.inf, out=out)
+    else:
+        out.copy_(torch.linalg.vector_norm(values, math.inf))
 
 
 def _dot(left: Tensor, right: Tensor, out: Tensor) -> None:

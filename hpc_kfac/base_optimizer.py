@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hpc_kfac.layers import CapturedLayer
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the optimizer treats a layer at present.
+
+    Attributes:
+        learning_rate: 1 without an optimizer, 0 for a layer that it does not have.
+        momentum: weight of the old velocity or first moment; 0 for none.
+        dampening: share of an update that the velocity leaves out.
+        held: whether a group of the optimizer has the layer's weight.
+    """
+
+    learning_rate: float = 1.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    held: bool = True
 
 
 @dataclass(frozen=True)
@@ -21,21 +38,34 @@ class BaseOptimizer:
     optimizer: Any
     layers: Mapping[str, CapturedLayer]
 
+    def rules(self) -> dict[str, Rule]:
+        """How each layer is treated at present, by its weight's group.
+
+        Raises:
+            ValueError: the optimizer has no groups.
+        """
+        if self.optimizer is None:
+            return dict.fromkeys(self.layers, Rule())
+        if not hasattr(self.optimizer, "param_groups"):
+            kind = type(self.optimizer).__name__
+            raise ValueError(f"optimizer is a {kind}, which has no param_groups; pass the torch optimizer of the model")
+        groups = [(_rule(group), group["params"]) for group in self.optimizer.param_groups]
+        found = {id(p): rule for rule, parameters in groups for p in parameters}
+        return {name: found.get(id(layer.parameters[0]), ABSENT) for name, layer in self.layers.items()}
+
     def learning_rates(self) -> dict[str, float]:
         """Of each layer at present; 1 without an optimizer, 0 for a layer that it does not have."""
-        if self.optimizer is None:
-            return dict.fromkeys(self.layers, 1.0)
-        rates = {id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]}
-        return {name: float(rates.get(id(layer.parameters[0]), 0.0)) for name, layer in self.layers.items()}
+        return {name: rule.learning_rate for name, rule in self.rules().items()}
 
     def momentum(self) -> float:
         """The largest that it has for what is preconditioned, Adam's first moment included; 0 for none."""
-        return max(
-            (float(group.get("momentum") or group.get("betas", [0.0])[0]) for group in self._groups()), default=0
-        )
+        return max((rule.momentum for rule in self.rules().values()), default=0.0)
 
-    def _groups(self) -> Iterator[dict[str, Any]]:
-        captured = {id(p) for layer in self.layers.values() for p in layer.parameters}
-        for group in [] if self.optimizer is None else self.optimizer.param_groups:
-            if any(id(p) in captured for p in group["params"]):
-                yield group
+
+ABSENT = Rule(learning_rate=0.0, held=False)
+
+
+def _rule(group: Mapping[str, Any]) -> Rule:
+    momentum = float(group.get("momentum") or group.get("betas", [0.0])[0] or 0.0)
+    dampening = float(group.get("dampening") or 0.0) if momentum else 0.0
+    return Rule(float(group["lr"]), momentum, dampening)

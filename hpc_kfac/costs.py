@@ -161,6 +161,11 @@ def refresh_flops(problem: Problem) -> dict[str, float]:
     return {name: cost.refresh for name, cost in problem.costs.items()}
 
 
+def momentum_bytes(problem: Problem, layer: str) -> int:
+    """Of a layer's moving average of gradients, and of one number that says how alive it is."""
+    return problem.shapes[layer].parameters * problem.precision.wire.itemsize + torch.float32.itemsize
+
+
 def resident_bytes(problem: Problem, rank: int) -> dict[str, dict[str, int]]:
     """Curvature state that a rank holds after a refresh: layer -> role -> bytes."""
     table: dict[str, dict[str, int]] = {}
@@ -168,7 +173,7 @@ def resident_bytes(problem: Problem, rank: int) -> dict[str, dict[str, int]]:
         table[name] = {"running": 0, "solved": 0}
         if problem.momentum:
             here = problem.assignment.works_on(rank, name)
-            table[name]["momentum"] = here * problem.shapes[name].parameters * problem.precision.wire.itemsize
+            table[name]["momentum"] = here * momentum_bytes(problem, name)
         for spec in problem.specs[name]:
             itemsize = problem.precision.stored(spec).itemsize
             here = problem.holds(rank, name, spec)

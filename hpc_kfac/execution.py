@@ -23,11 +23,12 @@ from hpc_kfac.exchange import Exchange, Finish
 from hpc_kfac.layers import CapturedLayer
 from hpc_kfac.linalg.solve import is_finite
 from hpc_kfac.linalg.workspace import Workspace
+from hpc_kfac.liveliness import Liveliness
 from hpc_kfac.methods.method import State
 from hpc_kfac.operations import Due, Operation
 from hpc_kfac.schedule import Similarity, TraceChange
 from hpc_kfac.solving import Solver
-from hpc_kfac.step_control import FixedNorm, StepControl
+from hpc_kfac.step_control import StepControl
 from hpc_kfac.step_plan import Problem
 from hpc_kfac.step_report import LayerState, StepInputs
 from hpc_kfac.timing import Timeline
@@ -113,7 +114,7 @@ class Executor:
         timeline: Timeline,
     ) -> None:
         self._layers, self._states, self._problem, self._comm = layers, states, problem, comm
-        self._control, self._adapt, self._timings, self._timeline = control, adapt, timings, timeline
+        self._adapt, self._timings, self._timeline = adapt, timings, timeline
         device = next(model.parameters()).device
         owned = {name: problem.assignment.owner[name] == comm.rank for name in layers}
         self.groups = Groups(comm, problem.assignment)
@@ -121,6 +122,7 @@ class Executor:
         self.pool = BufferPool()
         self.solver = Solver(problem, states)
         self._workspace = Workspace()
+        self._liveliness = Liveliness(layers, states, device)
         self._exchange = Exchange(layers, states, problem, self.groups, self.pool, device)
         self._exchange.renewed = self.solver.renewed
         self._handlers: dict[str, Callable[[Operation], None]] = {
@@ -188,6 +190,7 @@ class Executor:
         self._inputs, self._due = inputs, due
         self.solver.start_step()
         self.agreement.start_step()
+        self._keep_averages()
         self._early = []
         if due.starting or due.landing:
             self._order_helpers(WORK)
@@ -332,26 +335,46 @@ class Executor:
     def _precondition(self, operation: Operation) -> None:
         (name,) = operation.layers
         layer, shape, state = self._layers[name], self._problem.shapes[name], self._states[name]
+        control = self._inputs.controls.get(name)
         fresh = layer.gradient(self._workspace)
-        gradient = update = self._averaged(fresh, state)
+        gradient = update = self._averaged(fresh, state, (control and control.momentum) or 0.0)
         view = state.view()
-        if self._is_ready(name, view):
+        ready = self._is_ready(name, view)
+        if ready:
             update = self._problem.method.precondition(gradient, view, shape, self._inputs.damping, self._workspace)
-        self.agreement.measure(name, update, gradient, self._inputs.log)
-        if isinstance(self._control, FixedNorm):
-            update = self._control.bound(update, layer.shared)
+        self.agreement.measure(name, update, gradient)
+        if self._inputs.log:
+            self.agreement.describe(name, update, gradient, self._quadratic(name, view) if ready else None)
+        if control is not None:
+            update = control.bound(update, layer.shared, state.momentum.get("alive"))
         if self._inputs.log:
             begun = state.refreshed.values()
             self.agreement.measure_size(name, update, self._inputs.number - min(begun) if begun else 0)
         wire = self._problem.precision.wire
         if torch.promote_types(update.dtype, wire) != wire:  # as it reaches other ranks, so that all take the same step
             update = update.to(wire).to(update.dtype)
-        if update is not fresh or isinstance(self._control, FixedNorm):
+        self.agreement.check(name, update)
+        if update is not fresh or control is not None:
             layer.set_gradient(update, self._workspace)
 
-    def _averaged(self, gradient: Tensor, state: LayerState) -> Tensor:
+    def _quadratic(self, name: str, view: State) -> Callable[[Tensor], Tensor] | None:
+        """<U, F U> where this rank has the layer's curvature and speaks for it."""
+        missing = any(spec.name not in view for spec in self._problem.specs[name])
+        if missing or self._problem.assignment.owner[name] != self._comm.rank:
+            return None
+        return lambda update: self._problem.method.quadratic(update, view, self._problem.shapes[name])
+
+    def _keep_averages(self) -> None:
+        """Drops the moving averages of layers whose optimizer has a momentum by now; the others take in the step."""
+        controls, rank, works_on = self._inputs.controls, self._comm.rank, self._problem.assignment.works_on
+        momenta = {name: c.momentum for name, c in controls.items() if c.momentum and works_on(rank, name)}
+        for name in controls:
+            if name not in momenta:
+                self._states[name].momentum.clear()
+        self._liveliness.step(momenta)
+
+    def _averaged(self, gradient: Tensor, state: LayerState, momentum: float) -> Tensor:
         """The gradient, or what momentum makes of it, in the workspace."""
-        momentum = self._problem.momentum
         if not momentum:
             return gradient
         average = state.momentum.get("average")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpc_kfac import saved_state
 from hpc_kfac.attachments import Attachments
-from hpc_kfac.base_optimizer import BaseOptimizer
+from hpc_kfac.base_optimizer import BaseOptimizer, Rule
 from hpc_kfac.collector import Collector, FisherSource
 from hpc_kfac.consistency import check_weights
 from hpc_kfac.costs import make_problem, refresh_flops, resident_bytes
@@ -32,8 +32,9 @@ from hpc_kfac.methods import KFAC
 from hpc_kfac.methods.method import Method
 from hpc_kfac.notices import Notices, Refused
 from hpc_kfac.operations import Due, Operation
+from hpc_kfac.optimizer_watch import OptimizerWatch
 from hpc_kfac.precision import Precision
-from hpc_kfac.reduction_ratio import ReductionRatio
+from hpc_kfac.reduction_ratio import ReductionRatio, check_steers
 from hpc_kfac.schedule import RefreshTimes, Schedule
 from hpc_kfac.step_control import FixedNorm, KLClip, Orthogonal, StepControl
 from hpc_kfac.step_report import LayerState, StepInputs, StepReport
@@ -52,7 +53,8 @@ class Preconditioner:
 
     Args:
         model: the model; supported layers with trainable parameters are captured, the rest is left to the optimizer.
-        optimizer: the optimizer that takes the preconditioned gradients; its learning rate is needed by `KLClip`.
+        optimizer: the optimizer that takes the preconditioned gradients. Its groups, learning rates and momentum are
+            read in every step: `KLClip` needs the learning rate, `FixedNorm` and `Orthogonal` the momentum.
         method: the curvature method.
         placement: which ranks decompose and precondition which layers.
         schedule: when statistics are taken and factors decomposed.
@@ -74,8 +76,9 @@ class Preconditioner:
             that are missing; None waits for ever. Over mpi4py only.
 
     Raises:
-        ValueError: a model without a layer that can be captured, KLClip without an optimizer, or no `comm` where
-            torch.distributed, Horovod or MPI has several processes.
+        ValueError: a model without a layer that can be captured, KLClip without an optimizer, no `comm` where
+            torch.distributed, Horovod or MPI has several processes, an optimizer with a momentum of 1 under a length
+            rule, or `LevenbergMarquardt` where its ratio steers nothing.
     """
 
     def __init__(
@@ -102,6 +105,8 @@ class Preconditioner:
             raise ValueError("KLClip needs the learning rate: pass optimizer=..., or step_control=None")
         self.method = method or KFAC()
         self.damping = as_damping(self.method.damping)
+        if isinstance(self.damping, LevenbergMarquardt):
+            check_steers(self.method, step_control)
         self.schedule = schedule or Schedule()
         self.step_control: StepControl = step_control
         self.precision = precision or Precision()
@@ -138,9 +143,9 @@ class Preconditioner:
         self._problem = make_problem(
             shapes, self.method, placement or Kaisa(), self.precision, self._comm, self._device
         )
-        if isinstance(step_control, FixedNorm):
-            self.step_control = step_control = step_control.under(self._base.momentum())
-            self._problem = replace(self._problem, momentum=step_control.momentum or 0.0)
+        self._control = step_control
+        self._controls(self._base.rules())
+        self._watch = OptimizerWatch(optimizer, self.capture.layers, step_control, self.notices)
         self._times = RefreshTimes(self.schedule, refresh_flops(self._problem))
         self.timeline = Timeline(self._comm.rank)
         self._executor = Executor(
@@ -229,28 +234,36 @@ class Preconditioner:
     def step(self, scalars: Mapping[str, float] | None = None, log: bool = False) -> StepReport:
         """Replaces the averaged gradients in `.grad` by preconditioned ones. Once per optimisation step, on all ranks.
 
+        Unscaling (`scaler.unscale_(optimizer)`) and clipping (`clip_grad_norm_`) come before it.
+
         Args:
             scalars: numbers to be summed over ranks in the step's one scalar reduction; the same names on every rank.
             log: report cosine and curvature share of every layer.
 
         Returns:
-            A report, equal on all ranks. If it says `applied=False`, skip the optimizer step.
+            A report, equal on all ranks. If it says `applied=False`, skip the optimizer step; one that is taken all the
+            same finds no gradients and changes nothing.
 
         Raises:
             TrainingDiverged: more than `max_skipped` steps in a row were not finite; on all ranks alike.
             RuntimeError: the step had more passes than `micro_batches`.
             Refused: the sampled or exact Fisher without `observe`.
             WeightsDiffer: the ranks' weights have drifted apart; on all ranks alike.
-            Refused: it was removed, or replaced by a later preconditioner.
+            Refused: it was removed, or replaced by a later preconditioner; or the optimizer has none of the model's
+                parameters, on all ranks alike.
         """
         self._attachments.check()
         if self._check_weights_every and self.steps % self._check_weights_every == 0 and self._comm.size > 1:
             check_weights(dict(self._model.named_parameters()), self.trainers, self.steps)
+        rules = self._base.rules()
+        self._watch.check_groups(rules, self._model)
         if self._due.statistics and self.method.reads == "samples":
             self._collector.finish_passes()
-        rates = self._base.learning_rates()
+        rates = {name: rule.learning_rate for name, rule in rules.items()}
         damping = self.damping.at(self.steps, max(rates.values()))
-        inputs = StepInputs(self.steps, damping, rates, scalars or {}, log, self._collector.fold)
+        inputs = StepInputs(
+            self.steps, damping, rates, scalars or {}, log, self._collector.fold, self._controls(rules)
+        )
         rule = self.damping if isinstance(self.damping, LevenbergMarquardt) and not self.retired else None
         self._ratio.due = rule is not None and rule.due(self.steps)
         if self._ratio.due:
@@ -270,6 +283,7 @@ class Preconditioner:
             scalars=agreed.scalars,
             layers=agreed.layers,
         )
+        self._watch.written(report.applied)
         self._count_skipped(report.applied)
         if report.statistics:
             self._collector.finish(report.applied)
@@ -468,6 +482,19 @@ class Preconditioner:
         self._load(common, states, saved_state.take_pending(shares, self._problem, rank, device))
 
     # Small helpers
+
+    def _controls(self, rules: Mapping[str, Rule]) -> dict[str, FixedNorm]:
+        """The length rule of each layer under the optimizer's present momentum; empty without a length rule."""
+        control = self._control
+        if not isinstance(control, FixedNorm):
+            return {}
+        found = {name: control.under(rule.momentum, rule.dampening) for name, rule in rules.items()}
+        largest = max(rules.values(), key=lambda rule: rule.momentum)
+        self.step_control = control.under(largest.momentum, largest.dampening)
+        kept = max(each.momentum or 0.0 for each in found.values())
+        if kept != self._problem.momentum:
+            self._problem = replace(self._problem, momentum=kept)
+        return found
 
     def _free_communicators(self) -> None:
         """On all ranks, helpers included. A `Communicator` that was passed as `comm` is left as it is."""

@@ -10,8 +10,28 @@ from torch import Tensor, nn
 
 from hpc_kfac.distributed import Communicator
 from hpc_kfac.layers import CapturedLayer
+from hpc_kfac.methods.method import Method
+from hpc_kfac.step_control import FixedNorm, StepControl
 from hpc_kfac.step_plan import Problem
 from hpc_kfac.step_report import LayerState
+
+
+def check_steers(method: Method, control: StepControl) -> None:
+    """Refuses the Levenberg-Marquardt rule where its ratio is not one of the step that is taken.
+
+    Raises:
+        ValueError: a length rule, or a damping that is a share of the curvature.
+    """
+    if isinstance(control, FixedNorm):
+        raise ValueError(
+            f"damping is LevenbergMarquardt, whose ratio steers nothing while step_control {type(control).__name__}"
+            " sets the length of every step; use step_control=None (none in a run file), TrustRegion() or KLClip()"
+        )
+    if getattr(method, "relative_damping", False):
+        raise ValueError(
+            "damping is LevenbergMarquardt, whose quadratic model has an absolute damping, but relative_damping is"
+            " True; use relative_damping=False"
+        )
 
 
 class ReductionRatio:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from hpc_kfac.damping import positive
 from hpc_kfac.linalg.orthogonal import orthogonal
+from hpc_kfac.linalg.scaling import size_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ class FixedNorm:
 
     The length is norm * sqrt(max(o, a)) for a block of o rows and a columns, that of a matrix whose longer side's
     vectors are `norm` long, less what the optimizer's own momentum m makes of it: (1 - m) times. So one learning rate
-    fits narrow and wide layers, with and without momentum.
+    fits narrow and wide layers, with and without momentum. The momentum of each layer's group is read in every step.
+
+    A gradient that is zero moves nothing. A layer that has none in a step moves on by its moving average alone, and in
+    each such step by `momentum` times the length of the last; with its next gradient the length is the full one again.
 
     With momentum not the gradient D is preconditioned but its moving average, ahead by one step (Nesterov):
     m = momentum * m + (1 - momentum) * D, then (1 - momentum) * D + momentum * m. Averaging before the length is fixed
@@ -87,20 +91,44 @@ class FixedNorm:
         if not 0.0 <= (self.momentum or 0.0) < 1.0:
             raise ValueError(f"momentum is {self.momentum}; give a number from 0 up to below 1")
 
-    def under(self, momentum: float) -> FixedNorm:
-        """What to use with an optimizer of this momentum, 0 for none: updates are as much shorter as it adds up."""
-        own = (0.0 if momentum else 0.9) if self.momentum is None else self.momentum
-        return replace(self, norm=self.norm * (1.0 - momentum), momentum=own)
+    def under(self, momentum: float, dampening: float = 0.0) -> FixedNorm:
+        """What to use with an optimizer of this momentum, 0 for none: updates are as much shorter as it adds up.
 
-    def bound(self, update: Tensor, shared: bool) -> Tensor:
-        """The update [p, o, a] at its length; the given one may be overwritten.
+        Args:
+            momentum: weight of the optimizer's old velocity, below 1.
+            dampening: share of the update that its velocity leaves out; it adds up to (1 - dampening) / (1 - momentum).
+
+        Raises:
+            ValueError: a momentum or dampening of 1 or more.
+        """
+        return _under(self, momentum, dampening)
+
+    def bound(self, update: Tensor, shared: bool, alive: Tensor | None = None) -> Tensor:
+        """The update [p, o, a] at its length; the given one may be overwritten. One that is zero stays so.
 
         Args:
             update: preconditioned gradient.
             shared: whether the layer's weights are used at several positions of a sample.
+            alive: a factor for the length [1], where the layer may have had no gradient for a while.
         """
+        return self._at_length(update.div_(size_of(update)), alive)  # squares neither overflow nor vanish
+
+    def _at_length(self, update: Tensor, alive: Tensor | None) -> Tensor:
         length = self.norm * math.sqrt(update.shape[0] * max(update.shape[1:]))
-        return update.mul_(length / update.norm().clamp(min=torch.finfo(update.dtype).tiny))
+        factor = length / update.norm().clamp(min=0.5)  # less is zero, or so small that nothing of it is exact
+        return update.mul_(factor if alive is None else factor.mul_(alive[0]))
+
+
+@lru_cache(maxsize=256)  # asked for every layer in every step
+def _under(control: FixedNorm, momentum: float, dampening: float) -> FixedNorm:
+    for name, value in (("momentum", momentum), ("dampening", dampening)):
+        if not value < 1.0:
+            raise ValueError(
+                f"the optimizer's {name} is {value}, under which no length of a step follows from"
+                f" {type(control).__name__}; use a {name} below 1, or step_control=None"
+            )
+    own = (0.0 if momentum else 0.9) if control.momentum is None else control.momentum
+    return replace(control, norm=control.norm * (1.0 - momentum) / (1.0 - dampening), momentum=own)
 
 
 @dataclass(frozen=True)
@@ -129,8 +157,10 @@ class Orthogonal(FixedNorm):
         if self.iterations < 1:
             raise ValueError(f"iterations is {self.iterations}; give at least 1, such as 3")
 
-    def bound(self, update: Tensor, shared: bool) -> Tensor:
-        return super().bound(orthogonal(update, self.iterations) if shared else update, shared)
+    def bound(self, update: Tensor, shared: bool, alive: Tensor | None = None) -> Tensor:
+        if shared:
+            return self._at_length(orthogonal(update, self.iterations), alive)
+        return super().bound(update, shared, alive)
 
 
 StepControl = KLClip | FixedNorm | None

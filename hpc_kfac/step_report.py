@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hpc_kfac.methods.method import State
+from hpc_kfac.step_control import FixedNorm
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,9 @@ class LayerReport:
 
     Attributes:
         cosine: between preconditioned and raw gradient; 1 means that the preconditioner did nothing but scale.
-        curvature_share: 1 - damping |U|^2 / <U, D>: the share of the step's quadratic form that comes from
-            curvature and not from damping; 0 is a no-op.
+        curvature_share: <U, F U> / <U, D> with the method's undamped curvature F, as the layer's owner has it: the
+            share of the step's quadratic form that comes from curvature and not from damping; 0 is a no-op, also of a
+            method that has no curvature yet.
         update: norm of the update that the optimizer is given, before the learning rate, by that of the weights.
         staleness: most steps since the decomposition of a solved form of this layer began; 0 before there is one.
     """
@@ -33,7 +35,7 @@ class StepReport:
     """What one step did; equal on all ranks.
 
     Attributes:
-        applied: False if the gradient was not finite on some rank; then no rank may step its optimizer.
+        applied: False if an update was not finite on some rank; then no rank may step its optimizer.
         kl_scale: the factor by which KLClip shortened the update.
         damping: the damping used.
         statistics: statistics were folded in.
@@ -63,6 +65,7 @@ class StepInputs:
         number: the step's number.
         damping: damping of this step.
         learning_rates: layer name -> learning rate.
+        controls: layer name -> the length rule under the optimizer's present momentum; empty without such a rule.
         scalars: numbers to be summed over ranks.
         log: measure how strongly each layer is preconditioned.
         fold: folds what is left of the step's statistics into the running averages.
@@ -74,6 +77,7 @@ class StepInputs:
     scalars: Mapping[str, float]
     log: bool
     fold: Callable[[], None]
+    controls: Mapping[str, FixedNorm] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,7 +90,7 @@ class LayerState:
         weight: loss terms that this rank's share of the running averages stands for.
         refreshed: by part, the step in which the decomposition in use began.
         remembered: what an adaptive schedule compares the next factors with.
-        momentum: the "average" [p, o, a] of gradients, where the step control keeps one.
+        momentum: the "average" [p, o, a] of gradients, where the step control keeps one, and how "alive" [1] it is.
         local: statistics were folded since the running averages were last reduced.
     """
 

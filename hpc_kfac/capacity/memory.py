@@ -10,6 +10,7 @@ import numpy as np
 from hpc_kfac.capacity.gradients import owned_bytes
 from hpc_kfac.capacity.model_costs import ModelCosts
 from hpc_kfac.capacity.times import Settings
+from hpc_kfac.costs import momentum_bytes
 from hpc_kfac.step_plan import Problem
 
 ROLES = ("weights", "gradients", "optimizer", "factors", "solved", "momentum", "buffers", "workspace", "activations")
@@ -55,10 +56,10 @@ def curvature_bytes(problem: Problem) -> dict[str, np.ndarray]:
     """Curvature state after a refresh, as `costs.resident_bytes` has it of one rank: role -> bytes, [ranks]."""
     assignment = problem.assignment
     table = {role: np.zeros(assignment.ranks) for role in ("factors", "solved", "momentum")}
-    for layer, shape in problem.shapes.items():
+    for layer in problem.shapes:
         if problem.momentum:
             workers = assignment.members(assignment.group(assignment.owner[layer]))
-            table["momentum"][_index(workers)] += shape.parameters * problem.precision.wire.itemsize
+            table["momentum"][_index(workers)] += momentum_bytes(problem, layer)
         for spec in problem.specs[layer]:
             itemsize = problem.precision.stored(spec).itemsize
             here = _index(problem.holders(layer, spec))

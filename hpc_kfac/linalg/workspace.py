@@ -73,16 +73,6 @@ class Workspace:
         return piece
 
 
-def with_length_of(update: Tensor, like: Tensor, work: Workspace) -> Tensor:
-    """The update [p, m, n], in place, at the Frobenius norm of another tensor; one that is zero stays so."""
-    squares = [work.take(name, (1,), update.dtype, update.device) for name in ("square", "other square")]
-    for tensor, square in zip((update, like), squares, strict=True):
-        flat = (tensor if tensor.is_contiguous() else tensor.mT).reshape(-1)
-        torch.mv(flat.view(1, -1), flat, out=square)
-    ratio = torch.div(squares[1], squares[0], out=squares[1]).sqrt_().nan_to_num_(1.0, 1.0)
-    return update.mul_(ratio)
-
-
 def scratch(work: Workspace | None, name: str, like: Tensor) -> Tensor:
     """`Workspace.like`, or a new tensor without a workspace."""
     return torch.empty_like(like) if work is None else work.like(name, like)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.damping import Damping
-from hpc_kfac.linalg.workspace import Workspace, with_length_of
+from hpc_kfac.linalg.scaling import with_length_of
+from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.factored import COMPOSE, EIGH
 from hpc_kfac.methods.kronecker import Kronecker, mean_or_one
 from hpc_kfac.methods.method import Cost, State, StateSpec
@@ -132,7 +133,8 @@ class Shampoo(GradientMoments):
         like = gradient
         if self._counts_squares:
             squares = work.cast("squares", state["squares"], gradient.dtype)
-            root = torch.sqrt(squares, out=work.like("like", squares)).clamp_(min=torch.finfo(squares.dtype).tiny)
+            least = torch.finfo(squares.dtype).tiny ** 0.5  # below it squares vanish
+            root = torch.sqrt(squares, out=work.like("like", squares)).clamp_(min=least)
             like = torch.div(gradient, root, out=root)
         if update is gradient:  # no side has a factor
             update = work.like("update", gradient).copy_(gradient)

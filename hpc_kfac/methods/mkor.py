@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.damping import Damping
+from hpc_kfac.linalg.scaling import with_length_of
 from hpc_kfac.linalg.solve import require_finite
-from hpc_kfac.linalg.workspace import Workspace, with_length_of
+from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, Method, State, StateSpec
 
 if TYPE_CHECKING:

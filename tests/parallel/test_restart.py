@@ -85,7 +85,7 @@ CASES = {
     "ddp": [*DOUBLE, "--averaging", "ddp", "--optimizer", "adamw"],
     "muon": [*DOUBLE, "--averaging", "mpi4py", "--optimizer", "muon", "--checkpoint.asynchronous", "false"],
     "none": [*DOUBLE, "--method", "none"],
-    "adapted damping": [*DOUBLE, "--averaging", "mpi4py", "--method.damping", LEVENBERG_MARQUARDT],
+    "adapted damping": [*DOUBLE, "--averaging", "mpi4py", "--method.damping", LEVENBERG_MARQUARDT, "--step_control", "kl_clip"],
     "batch norm": ["--task", "user", "--task.function", "trainer_tasks:norm_digits", "--task.metric", "accuracy",
                    "--global_batch", "300", "--epochs", "3", *OFTEN],
     "fp16": ["--autocast", "fp16", "--global_batch", "300", "--epochs", "3", *OFTEN],

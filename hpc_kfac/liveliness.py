@@ -1,0 +1,78 @@
+"""Which layers still get gradients, where moving averages of them would go on without."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hpc_kfac.layers import CapturedLayer
+from hpc_kfac.step_report import LayerState
+
+
+class Liveliness:
+    """A factor for the length of each layer's step: 1 with a gradient, and momentum times less in each step without.
+
+    What a length rule makes of a moving average is as long as ever, however small the average has become; the factor
+    falls as the average does. All layers are done at once, without synchronising with the device.
+
+    Args:
+        layers: captured layers by name.
+        states: of these; "alive" [1] is kept beside the moving average.
+        device: of the gradients.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, CapturedLayer], states: Mapping[str, LayerState], device: torch.device
+    ) -> None:
+        self._layers, self._states = layers, states
+        self._names: tuple[str, ...] = ()
+        self._alive = torch.ones(0, device=device)
+        self._views: tuple[Tensor, ...] = ()
+        self._none = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def step(self, momenta: Mapping[str, float]) -> None:
+        """Takes in the gradients of a step, before these are overwritten.
+
+        Args:
+            momenta: weight of the old moving average, of the layers that keep one.
+        """
+        self._gather(tuple(momenta))
+        if not momenta:
+            return
+        parameters = [self._layers[name].parameters for name in momenta]
+        gradients = [p.grad for own in parameters for p in own if p.grad is not None and p.grad.numel()]
+        norms = torch._foreach_norm(gradients, math.inf) if gradients else ()
+        found = iter(norm.sign_() for norm in norms)  # before a cast to float32, in which it could vanish
+        sides: list[list[Tensor]] = [[], []]
+        for own in parameters:
+            for side, p in zip(sides, [*own, None][:2], strict=True):
+                there = p is not None and p.grad is not None and p.grad.numel()
+                side.append(next(found) if there else self._none)
+        used = torch.maximum(_joined(sides[0]), _joined(sides[1]))
+        self._alive.mul_(self._decays(tuple(momenta.values())))
+        torch.maximum(self._alive, used, out=self._alive)
+
+    def _decays(self, momenta: Sequence[float]) -> Tensor | float:
+        """One number where all layers have the same."""
+        return momenta[0] if len(set(momenta)) == 1 else torch.tensor(momenta, device=self._alive.device)
+
+    def _gather(self, names: tuple[str, ...]) -> None:
+        """Has the states' numbers be views of one tensor, where they are others after a restart or a failed step."""
+        states = [self._states[name] for name in names]
+        same = all(s.momentum.get("alive") is v for s, v in zip(states, self._views, strict=False))
+        if names == self._names and same:
+            return
+        self._names, self._alive = names, torch.ones(len(names), device=self._alive.device)
+        self._views = self._alive.split(1) if names else ()
+        for state, view in zip(states, self._views, strict=True):
+            if "alive" in state.momentum:
+                view.copy_(state.momentum["alive"])
+            state.momentum["alive"] = view
+
+
+def _joined(values: list[Tensor]) -> Tensor:
+    return torch.stack([value.float() for value in values])

@@ -1,0 +1,218 @@
+"""Watches what happens to preconditioned gradients until the optimizer has taken them: what undoes a step is told."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpc_kfac.base_optimizer import Rule
+from hpc_kfac.layers import CapturedLayer
+from hpc_kfac.notices import Notices, Refused
+from hpc_kfac.step_control import FixedNorm, StepControl
+
+FIRST = 3
+"""So many optimizer steps are compared number by number, which waits for the device."""
+WATCHED = 3
+"""So many parameters are compared, the smallest ones."""
+FACTOR = 4.0
+"""An optimizer that moves a weight by so many times more or less than learning rate times update goes its own way."""
+
+
+@dataclass
+class Written:
+    """What `step` left in a parameter's gradient.
+
+    Attributes:
+        gradient: the tensor itself.
+        version: torch's count of changes in place.
+        values: a copy, in the first steps.
+    """
+
+    gradient: Tensor
+    version: int
+    values: Tensor | None
+
+
+class OptimizerWatch:
+    """Tells once of an optimizer, a clipping or a scaler that undoes what the preconditioner has made.
+
+    Args:
+        optimizer: that takes the gradients; None, or one without step hooks, is not watched.
+        layers: captured layers by name.
+        control: bounds the step.
+        notices: says it.
+    """
+
+    def __init__(
+        self, optimizer: Any, layers: Mapping[str, CapturedLayer], control: StepControl, notices: Notices
+    ) -> None:
+        self._optimizer, self._layers, self._control, self._notices = optimizer, layers, control, notices
+        names = {p: f"{name}.{kind}" for name, layer in layers.items() for kind, p in _named(layer)}
+        smallest = sorted(names, key=torch.numel)[:WATCHED]
+        self._names = {p: names[p] for p in smallest}
+        self._written: dict[nn.Parameter, Written] = {}
+        self._moving: tuple[nn.Parameter, Tensor, float] | None = None
+        self._applied = True
+        self._steps = 0
+        self._fresh: bool | None = None
+        if optimizer is None and isinstance(control, FixedNorm):
+            notices.once(
+                "no optimizer",
+                f"{_kind(control)} sets the length of a step for an optimizer without momentum, since none was given;"
+                " under a momentum m steps come out 1 / (1 - m) times as long. Write Preconditioner(model, optimizer)",
+            )
+        self._handles = self._hook()
+
+    def remove(self) -> None:
+        """Takes the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def check_groups(self, rules: Mapping[str, Rule], model: nn.Module) -> None:
+        """Tells of layers that no group of the optimizer has.
+
+        Raises:
+            Refused: it has nothing of the model.
+        """
+        missing = [name for name, rule in rules.items() if not rule.held]
+        if missing and len(missing) == len(rules):
+            held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+            if held.isdisjoint(map(id, model.parameters())):
+                raise Refused(
+                    f"optimizer, a {type(self._optimizer).__name__} of {len(held)} parameters, has none of this"
+                    " model's, as where one of the two was copied or the weights were replaced; make it with"
+                    " model.parameters() of the same model, before the preconditioner"
+                )
+        if missing:
+            self._notices.once(
+                f"no group {missing}",
+                f"no group of the optimizer has the weights of {_listed(missing)}, so that nothing updates them; add"
+                " them with optimizer.add_param_group, or leave them out with Preconditioner(skip=...)",
+            )
+
+    def written(self, applied: bool) -> None:
+        """The step's gradients are written; from now on they are the optimizer's, unless they are no good."""
+        if not self._handles:
+            return
+        self._applied = applied
+        copied = applied and self._steps < FIRST
+        for parameter in self._names:
+            gradient = parameter.grad
+            if gradient is None:
+                self._written.pop(parameter, None)
+            else:
+                values = gradient.clone() if copied else None
+                self._written[parameter] = Written(gradient, gradient._version, values)
+
+    def _hook(self) -> list[Any]:
+        found = weakref.ref(self)
+
+        def before(*_: Any) -> None:
+            watch = found()
+            if watch is not None:
+                watch._before()
+
+        def after(*_: Any) -> None:
+            watch = found()
+            if watch is not None:
+                watch._after()
+
+        optimizer = self._optimizer
+        try:
+            handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        except AttributeError:  # a wrapper that has none, or no optimizer
+            return []
+        for handle in handles:
+            weakref.finalize(self, handle.remove)
+        return handles
+
+    @torch.no_grad()
+    def _before(self) -> None:
+        written, self._written = self._written, {}
+        if not written:
+            return
+        if not self._applied:
+            self._drop(written)
+            return
+        self._steps += 1
+        scale = getattr(self._optimizer, "grad_scale", None)  # a scaler leaves the division to a fused optimizer
+        divided = scale is not None
+        for parameter, was in written.items():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient is not was.gradient or gradient._version != was.version:
+                self._tell_changed(self._names[parameter])
+            elif was.values is not None and not torch.equal(gradient, was.values):
+                divided = True  # torch's scaler alone leaves the count of changes as it is
+        if divided and self._control is not None:
+            raise Refused(
+                f"a gradient scaler divides the gradients after preconditioner.step(), and with them the step that"
+                f" {_kind(self._control)} has set the length of; call scaler.unscale_(optimizer) before"
+                " preconditioner.step()"
+            )
+        if self._steps <= FIRST:
+            self._remember(written)
+
+    def _drop(self, written: Mapping[nn.Parameter, Written]) -> None:
+        """An optimizer that finds no gradients changes nothing: neither by weight decay nor by its momentum."""
+        if all(p.grad is was.gradient and p.grad._version == was.version for p, was in written.items()):
+            for group in self._optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def _tell_changed(self, name: str) -> None:
+        if isinstance(self._control, FixedNorm):
+            self._notices.once(
+                "gradients changed",
+                f"the gradient of {name} was changed between preconditioner.step() and optimizer.step(), and with it"
+                f" the length that {_kind(self._control)} has set; clip, scale and add before preconditioner.step(), as"
+                " in torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0); preconditioner.step()",
+            )
+
+    # Whether the optimizer makes steps of the length that it is given
+
+    def _remember(self, written: Mapping[nn.Parameter, Written]) -> None:
+        if self._fresh is None:
+            self._fresh = not any(self._optimizer.state.get(p) for p in written)
+        rates = {id(p): float(group["lr"]) for group in self._optimizer.param_groups for p in group["params"]}
+        for parameter, was in written.items():
+            expected = rates.get(id(parameter), 0.0) * float(torch.linalg.vector_norm(was.gradient.float()))
+            if self._fresh and expected > 0 and parameter.element_size() >= 4:
+                self._moving = parameter, parameter.detach().clone(), expected
+                return
+
+    @torch.no_grad()
+    def _after(self) -> None:
+        if self._moving is None:
+            return
+        (parameter, before, expected), self._moving = self._moving, None
+        moved = float((parameter - before).norm())
+        self._fresh = False  # the first step that moves anything decides
+        if not 1.0 / FACTOR <= moved / expected <= FACTOR:
+            kind = type(self._optimizer).__name__
+            self._notices.once(
+                "optimizer",
+                f"{kind} moved {self._names[parameter]} by {moved:.3g}, where learning rate times preconditioned"
+                f" gradient is {expected:.3g}: it sets the length of its steps itself, which undoes what the"
+                " preconditioner has set; use torch.optim.SGD after the preconditioner",
+            )
+
+
+def _named(layer: CapturedLayer) -> list[tuple[str, nn.Parameter]]:
+    return list(zip(("weight", "bias"), layer.parameters, strict=False))
+
+
+def _kind(control: StepControl) -> str:
+    return type(control).__name__
+
+
+def _listed(names: list[str], shown: int = 5) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(repr(name) for name in names[:shown]) + more
