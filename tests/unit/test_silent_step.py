@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ import hpc_kfac as hk
 from hpc_kfac.linalg.orthogonal import orthogonal
 from hpc_kfac.linalg.scaling import size_of, with_length_of
 from hpc_kfac.linalg.workspace import Workspace
-from hpc_kfac.notices import CurvatureWarning, Refused
 from hpc_kfac.training.config import parse
 from hpc_kfac.training.launch import InputError, Ranks
 from hpc_kfac.training.setup import build
@@ -255,7 +253,8 @@ def test_curvature_share_is_that_of_the_curvature(method: Any, relative: bool, s
         curved = preconditioner.method.quadratic(update, state, layer.shape)
         assert report.layers[name].curvature_share == pytest.approx(float(curved / (update * raw[name]).sum()), rel=1e-6)
 
-
+        share = float(curved / (update * raw[name]).sum())
+        assert report.layers[name].curvature_share == pytest.approx(share, rel=1e-6)
 def test_curvature_share_before_there_is_curvature_and_after() -> None:
     run = Run(mlp(), schedule=hk.Schedule(100, 100))
     run.preconditioner.retire()
