@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -111,29 +110,14 @@ class OptimizerWatch:
                 self._written[parameter] = Written(gradient, gradient._version, values)
 
     def _hook(self) -> list[Any]:
-        found = weakref.ref(self)
-
-        def before(*_: Any) -> None:
-            watch = found()
-            if watch is not None:
-                watch._before()
-
-        def after(*_: Any) -> None:
-            watch = found()
-            if watch is not None:
-                watch._after()
-
         optimizer = self._optimizer
         try:
-            handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+            return [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         except AttributeError:  # a wrapper that has none, or no optimizer
             return []
-        for handle in handles:
-            weakref.finalize(self, handle.remove)
-        return handles
 
     @torch.no_grad()
-    def _before(self) -> None:
+    def _before(self, *_: Any) -> None:
         written, self._written = self._written, {}
         if not written:
             return
@@ -189,7 +173,7 @@ class OptimizerWatch:
                 return
 
     @torch.no_grad()
-    def _after(self) -> None:
+    def _after(self, *_: Any) -> None:
         if self._moving is None:
             return
         (parameter, before, expected), self._moving = self._moving, None

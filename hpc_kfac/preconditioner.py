@@ -146,6 +146,7 @@ class Preconditioner:
         self._control = step_control
         self._controls(self._base.rules())
         self._watch = OptimizerWatch(optimizer, self.capture.layers, step_control, self.notices)
+        self._attachments.add(self._watch.remove)
         self._times = RefreshTimes(self.schedule, refresh_flops(self._problem))
         self.timeline = Timeline(self._comm.rank)
         self._executor = Executor(
