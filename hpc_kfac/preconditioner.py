@@ -446,7 +446,8 @@ class Preconditioner:
             ValueError: the layers, their tensors or a tensor's shape are not this model's and method's. Nothing is
                 changed then.
         """
-        self._load(state, saved_state.restore(state["layers"], self._problem, self._device), state["pending"])
+        states = saved_state.restore(state["layers"], self._problem, self._device)
+        self._load(state, states, saved_state.own_pending(state["pending"], self._device))
 
     @property
     def reduced(self) -> bool:
@@ -477,10 +478,20 @@ class Preconditioner:
         Raises:
             ValueError: the method, the layers, their tensors or a tensor's shape are others. Nothing is changed then.
         """
+        self.prepare_shares(common, of)()
+
+    def prepare_shares(self, common: Mapping[str, Any], of: Callable[[int], Mapping[str, Any]]) -> Callable[[], None]:
+        """Reads and checks what `load_shares` restores; the result puts it in place. As `load_shares`."""
         shares = saved_state.Shares.of_saved(common, of, self._problem)
         rank, device = self._comm.rank, self._device
         states = saved_state.take(shares, self._problem, rank, device)
-        self._load(common, states, saved_state.take_pending(shares, self._problem, rank, device))
+        pending = saved_state.take_pending(shares, self._problem, rank, device)
+        return lambda: self._load(common, states, pending)
+
+    def keep(self) -> Callable[[], None]:
+        """The result puts back the state as it is now, between two steps."""
+        counters, states, pending = self._counters(), dict(self.states), self._executor.solver.pending()
+        return lambda: self._load(counters, states, pending)
 
     # Small helpers
 
@@ -521,14 +532,22 @@ class Preconditioner:
         return saved_state.share(self.states, self._executor.solver.pending(), self._problem, self._comm.rank)
 
     def _load(self, counters: Mapping[str, Any], states: Mapping[str, LayerState], pending: Mapping[Any, Any]) -> None:
+        names = ("steps", "skipped", "failures", "skipped_in_row", "folds")
+        steps, skipped, failures, skipped_in_row, folds = (int(counters[name]) for name in names)
+        times, damping = self._times.state_dict(), self.damping.state_dict()
+        try:  # what checks comes first
+            self._times.load_state_dict(counters["schedule"])
+            self.damping.load_state_dict(counters["damping"])
+        except Exception:
+            self._times.load_state_dict(times)
+            self.damping.load_state_dict(damping)
+            raise
         self.states.update(states)
-        self.steps, self.skipped, self.failures = counters["steps"], counters["skipped"], counters["failures"]
-        self._skipped_in_row = counters["skipped_in_row"]
+        self.steps, self.skipped, self.failures = steps, skipped, failures
+        self._skipped_in_row = skipped_in_row
         self.retired = bool(counters.get("retired", False))  # sets of version 0.1 have none
-        self._collector.folds = counters["folds"]
-        self._times.load_state_dict(counters["schedule"])
+        self._collector.folds = folds
         self._executor.solver.restore(pending)
-        self.damping.load_state_dict(counters["damping"])
         self._start_step()
 
     def _start_step(self) -> None:

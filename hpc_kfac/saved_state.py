@@ -56,13 +56,21 @@ def restore(saved: Mapping[str, Any], problem: Problem, device: torch.device) ->
         name: LayerState(
             running=_own(layer["running"], device),
             solved=_own(layer["solved"], device),
-            weight=layer["weight"],
-            refreshed=dict(layer["refreshed"]),
+            weight=float(layer["weight"]),
+            refreshed={part: int(step) for part, step in layer["refreshed"].items()},
             remembered=_own(layer["remembered"], device),
             momentum=_own(layer.get("momentum", {}), device),  # states of version 0.1 have none
-            local=layer["local"],
+            local=bool(layer["local"]),
         )
         for name, layer in saved.items()
+    }
+
+
+def own_pending(pending: Pending, device: torch.device) -> dict[Unit, tuple[int, State | None]]:
+    """With copies of the tensors."""
+    return {
+        unit: (int(step), None if result is None else _own(result, device))
+        for unit, (step, result) in pending.items()
     }
 
 
@@ -261,7 +269,7 @@ def take_pending(shares: Shares, problem: Problem, rank: int, device: torch.devi
 
 
 def _own(tensors: Mapping[str, Tensor], device: torch.device) -> State:
-    return {key: tensor.detach().clone().to(device) for key, tensor in tensors.items()}
+    return {key: torch.as_tensor(tensor).detach().clone().to(device) for key, tensor in tensors.items()}
 
 
 def _check_names(saved: Mapping[str, Any], problem: Problem) -> None:

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from hpc_kfac.checkpoint import structure
 from hpc_kfac.checkpoint.files import BrokenCheckpoint
-from hpc_kfac.checkpoint.structure import AS_INTEGER, BOOL, NATIVE, ROOT_ATTRIBUTES, TYPES, Array, Group, escape
+from hpc_kfac.checkpoint.structure import (
+    AS_INTEGER,
+    BOOL,
+    MAX_DEPTH,
+    MAX_OBJECTS,
+    NATIVE,
+    ROOT_ATTRIBUTES,
+    TYPES,
+    Array,
+    Group,
+    escape,
+)
 from hpc_kfac.checkpoint.tree import Packed, Tree
 from hpc_kfac.linalg.packing import packed_size, unpack_triangle
 
@@ -59,7 +70,7 @@ def build(tree: Tree, kind: str, step: int) -> Image:
 
     Raises:
         TypeError: a value is of a type that cannot be saved; the message names it.
-        ValueError: a tensor is not on the CPU or not contiguous.
+        ValueError: a tensor is not on the CPU or not contiguous, or there are more or deeper groups than are read.
     """
     pages = _Pages()
     access, creation = h5p.create(h5p.FILE_ACCESS), _plain(h5p.create(h5p.FILE_CREATE))
@@ -141,6 +152,7 @@ def _plain(creation: Any) -> Any:
 class _Builder:
     def __init__(self) -> None:
         self.tensors: list[tuple[int, Tensor]] = []
+        self._objects = 1
         self._group_creation = _plain(h5p.create(h5p.GROUP_CREATE))
         self._link_creation = h5p.create(h5p.LINK_CREATE)
         self._link_creation.set_char_encoding(h5t.CSET_UTF8)
@@ -149,12 +161,17 @@ class _Builder:
         self._dataset_creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
         self._dataset_creation.set_fill_time(h5d.FILL_TIME_NEVER)
 
-    def group(self, group: h5g.GroupID, tree: Tree, where: str, reserved: tuple[str, ...] = ()) -> None:
+    def group(
+        self, group: h5g.GroupID, tree: Tree, where: str, reserved: tuple[str, ...] = (), depth: int = 0
+    ) -> None:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{where[:80]}... is nested deeper than {MAX_DEPTH} groups")
         for key in sorted(tree):
             value, name, inside = tree[key], escape(key, reserved), f"{where}/{key}"
             if isinstance(value, dict):
+                self._count(inside)
                 created = h5g.create(group, name.encode(), lcpl=self._link_creation, gcpl=self._group_creation)
-                self.group(created, value, inside)
+                self.group(created, value, inside, depth=depth + 1)
             elif isinstance(value, Packed):
                 self._packed(group, name, value, inside)
             elif isinstance(value, Tensor):
@@ -205,7 +222,13 @@ class _Builder:
             self.attribute(dataset, "dtype", dtype)
         return dataset
 
+    def _count(self, where: str) -> None:
+        self._objects += 1
+        if self._objects > MAX_OBJECTS:
+            raise ValueError(f"{where} is object number {self._objects}; a file has at most {MAX_OBJECTS}")
+
     def _dataset(self, group: h5g.GroupID, name: str, stored: str, tensor: Tensor) -> h5d.DatasetID:
+        self._count(name)
         dataset = h5d.create(
             group, name.encode(), TYPES[stored], _space(tensor.shape), self._dataset_creation, self._link_creation
         )

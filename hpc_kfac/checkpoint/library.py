@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from torch.optim import Optimizer
 
 from hpc_kfac.checkpoint.files import BrokenCheckpoint
 from hpc_kfac.checkpoint.manifest import rank_file
-from hpc_kfac.checkpoint.reading import Saved, find, together
+from hpc_kfac.checkpoint.reading import Result, Saved, find, together
 from hpc_kfac.checkpoint.sets import set_name
 from hpc_kfac.checkpoint.staging import Staging
-from hpc_kfac.checkpoint.state import as_tree, collect, from_tree, restore
+from hpc_kfac.checkpoint.state import collect_local, keep, prepare
+from hpc_kfac.checkpoint.tree import Tree
+from hpc_kfac.checkpoint.values import as_tree, from_tree
 from hpc_kfac.checkpoint.writer import Checkpointing, Checkpoints, attempt, write_trees
 from hpc_kfac.distributed import Communicator, lent
+from hpc_kfac.distributed.messages import exchange
 from hpc_kfac.owner_optimizer import OwnerOptimizer
 from hpc_kfac.preconditioner import Preconditioner
 
@@ -41,8 +45,9 @@ def save(
         optimizer: its state and hyperparameters.
         preconditioner: its curvature, each layer by its owner.
         comm: the ranks, as for `Preconditioner`; by default the preconditioner's that train.
-        extra: plain values and tensors of your own (nested dictionaries and lists), rank 0's are saved: the epoch, a
-            schedule's or a gradient scaler's `state_dict`.
+        extra: values of your own, rank 0's are saved: the epoch, a schedule's or a gradient scaler's `state_dict`.
+            Nested dictionaries with keys of any kind (also ordered, counting and default ones), lists, tuples, sets and
+            deques of tensors, numpy's arrays and scalars, numbers, text, bytes, None, and torch's dtypes and devices.
         keep_last: so many of the newest are kept.
 
     Returns:
@@ -51,12 +56,14 @@ def save(
     Raises:
         OSError: it could not be written, on all ranks; earlier ones are as they were.
         ValueError: one of several processes, without `comm` and preconditioner.
-        TypeError: something that cannot be saved.
+        TypeError: something that cannot be saved, which the message names, on all ranks.
     """
     with lent(_ranks(preconditioner, comm)) as ranks:
+        common, own = _collected(ranks, model, optimizer, extra if extra is not None and ranks.rank == 0 else {})
         checkpoints = Checkpoints(Path(folder), Checkpointing(keep_last=keep_last, keep_best=False), ranks, _quiet)
-        common, own = collect(model, optimizer, preconditioner)
-        common["extra"] = as_tree(extra or {}, "extra")
+        if preconditioner is not None:
+            common["preconditioner"], share = preconditioner.share()
+            own |= share
         helpers = preconditioner.order_save(step) if preconditioner is not None else list
         checkpoints.save(step, common, own, {}, helpers)
         checkpoints.close()
@@ -83,16 +90,18 @@ def load(
         comm: the ranks, as for `Preconditioner`; by default the preconditioner's that train.
 
     Returns:
-        The steps taken, and `extra`.
+        The steps taken, and `extra` with the types that it had; its tensors are on the CPU.
 
     Raises:
         BrokenCheckpoint: there is no checkpoint, it is damaged, or it is another model's, optimizer's or method's.
+            Model, optimizer, preconditioner and random numbers are then as they were, on all ranks.
         ValueError: one of several processes, without `comm` and preconditioner.
     """
     with lent(_ranks(preconditioner, comm)) as ranks:
         saved = find(Path(path), ranks, _quiet if ranks.rank else _warn)
-        together(ranks, lambda: put_back(saved, ranks, model, optimizer, preconditioner))
-    return saved.step, from_tree(saved.common.get("extra", {}))
+        extra = together(ranks, lambda: from_tree(saved.common.get("extra", {})))
+        put_back(saved, ranks, model, optimizer, preconditioner)
+    return saved.step, extra
 
 
 def serve(preconditioner: Preconditioner, folder: str | Path, path: str | Path | None = None) -> bool:
@@ -125,21 +134,64 @@ def put_back(
     optimizer: Optimizer | OwnerOptimizer | None,
     preconditioner: Any,
     hyperparameters: bool = True,
-) -> bool:
-    """Puts a set's state back on this rank.
+) -> None:
+    """Puts a set's state back: on all ranks, or on none. Collective.
 
     Raises:
-        ValueError: it is another model's, optimizer's or method's.
-        BrokenCheckpoint: something is missing in it, or damaged.
+        BrokenCheckpoint: it is another model's, optimizer's or method's, or something is missing in it, or damaged.
+            Model, optimizer, preconditioner and random numbers are then as they were, on all ranks.
     """
-    same = saved.trainers == ranks.size
+
+    def prepared() -> tuple[Callable[[], None], Callable[[], None]]:
+        same = saved.trainers == ranks.size
+        args = (saved.common, saved.of, ranks.rank, saved.trainers, same, model, optimizer, preconditioner)
+        put = prepare(*args, hyperparameters)
+        return put, keep(model, optimizer, preconditioner)
+
+    put, undo = together(ranks, lambda: _said(saved, prepared))
     try:
-        restore(
-            saved.common, saved.of, ranks.rank, saved.trainers, same, model, optimizer, preconditioner, hyperparameters
-        )
+        together(ranks, lambda: _said(saved, put))
+    except BaseException:
+        undo()
+        raise
+
+
+def _said(saved: Saved, work: Callable[[], Result]) -> Result:
+    """What the work returns.
+
+    Raises:
+        BrokenCheckpoint: it failed, in whatever way, also in a model's or an optimizer's own code.
+    """
+    try:
+        return work()
+    except (BrokenCheckpoint, ValueError, OSError):
+        raise
     except KeyError as error:
         raise BrokenCheckpoint(f"{saved.path}: {error} is missing in it") from error
-    return True
+    except Exception as error:
+        raise BrokenCheckpoint(f"{saved.path} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _collected(
+    ranks: Communicator, model: nn.Module, optimizer: Optimizer | OwnerOptimizer | None, extra: Any
+) -> tuple[Tree, Tree]:
+    """State without the curvature. Collective.
+
+    Raises:
+        TypeError: on all ranks, if something cannot be saved on one.
+    """
+    failure, found = None, None
+    try:
+        found = collect_local(model, optimizer)
+        found[0]["extra"] = as_tree(extra, "extra")
+    except Exception as error:  # anybody's state_dict
+        failure = error
+    problems = [text for text in exchange(ranks, "" if failure is None else str(failure) or repr(failure)) if text]
+    if failure is not None:
+        raise failure
+    if problems or found is None:
+        raise TypeError(problems[0])
+    return found
 
 
 def _ranks(preconditioner: Preconditioner | None, comm: Any) -> Any:

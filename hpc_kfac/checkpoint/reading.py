@@ -147,13 +147,13 @@ def together(comm: Communicator, work: Callable[[], Result]) -> Result:
     Raises:
         BrokenCheckpoint: on all ranks, with the message of the first one where it failed.
     """
-    result, problem = None, ""
+    found: list[Result] = []
+    failure, problem = None, ""
     try:
-        result = work()
+        found.append(work())
     except (BrokenCheckpoint, ValueError, OSError) as error:
-        problem = str(error) or type(error).__name__
+        failure, problem = error, str(error) or type(error).__name__
     problems = [text for text in exchange(comm, problem) if text]
     if problems:
-        raise BrokenCheckpoint(problems[0])
-    assert result is not None
-    return result
+        raise BrokenCheckpoint(problems[0]) from failure
+    return found[0]

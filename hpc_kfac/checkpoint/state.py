@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,10 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpc_kfac.checkpoint.tree import Tree
+from hpc_kfac.checkpoint.values import as_tree, check_tensor, from_tree, refusal
 from hpc_kfac.owner_optimizer import OwnerOptimizer
-
-LIST = "list of"
-"""Key of what stands for a list with tensors in it: how many entries, which follow by number."""
 
 
 class Curvature(Protocol):
@@ -26,7 +25,11 @@ class Curvature(Protocol):
 
     def share(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
 
-    def load_shares(self, common: Mapping[str, Any], of: Callable[[int], Mapping[str, Any]]) -> None: ...
+    def prepare_shares(
+        self, common: Mapping[str, Any], of: Callable[[int], Mapping[str, Any]]
+    ) -> Callable[[], None]: ...
+
+    def keep(self) -> Callable[[], None]: ...
 
 
 def collect(
@@ -35,25 +38,34 @@ def collect(
     """What all ranks share, and this rank's own. Collective; tensors are references.
 
     Raises:
-        TypeError: the optimizer keeps something that is neither a tensor nor a plain value.
+        TypeError: as `collect_local`.
     """
-    common: Tree = {"model": _tensors(model.state_dict())}
-    own: Tree = {"buffers": _tensors(_own_buffers(model)), "rng": random_state()}
-    if optimizer is not None:
-        groups, state = _optimizer(optimizer, model)
-        common["optimizer"] = {"groups": groups}
-        if isinstance(optimizer, OwnerOptimizer):
-            common["optimizer"]["owner"] = _owners(optimizer, model)
-            own["optimizer"] = state
-        else:
-            common["optimizer"]["state"] = state
+    common, own = collect_local(model, optimizer)
     if preconditioner is not None:
         common["preconditioner"], share = preconditioner.share()
         own |= share
     return common, own
 
 
-def restore(
+def collect_local(model: nn.Module, optimizer: Optimizer | OwnerOptimizer | None) -> tuple[Tree, Tree]:
+    """As `collect`, but for the curvature. Needs no other rank.
+
+    Raises:
+        TypeError: the model or the optimizer keeps something that a checkpoint cannot hold.
+    """
+    common: Tree = {"model": _tensors(model.state_dict())}
+    own: Tree = {"buffers": _tensors(_own_buffers(model)), "rng": random_state()}
+    if optimizer is not None:
+        common["optimizer"], state = _optimizer(optimizer, model)
+        if isinstance(optimizer, OwnerOptimizer):
+            common["optimizer"]["owner"] = _owners(optimizer, model)
+            own["optimizer"] = state
+        else:
+            common["optimizer"]["state"] = state
+    return common, own
+
+
+def prepare(
     common: Mapping[str, Any],
     of: Callable[[int], Mapping[str, Any]],
     rank: int,
@@ -63,8 +75,8 @@ def restore(
     optimizer: Optimizer | OwnerOptimizer | None,
     preconditioner: Curvature | None,
     hyperparameters: bool = True,
-) -> None:
-    """Puts back what `collect` gave, on any number of ranks.
+) -> Callable[[], None]:
+    """Reads and checks what `collect` gave, on any number of ranks; the result puts it in place.
 
     Args:
         common: what all ranks shared.
@@ -79,26 +91,61 @@ def restore(
         hyperparameters: also take the learning rate and such from the checkpoint.
 
     Raises:
-        ValueError: something was saved for another model, optimizer or method.
+        ValueError: something was saved for another model, optimizer or method. Nothing is changed.
     """
-    _load_model(model, common["model"])
+    weights = common["model"]
+    _check_model(model, weights)
+    parts: list[Callable[[], Any]] = [lambda: model.load_state_dict(dict(weights))]
     if preconditioner is not None:
         if "preconditioner" not in common:
             raise ValueError("the checkpoint has no preconditioner; load it without one")
-        preconditioner.load_shares(common["preconditioner"], of)
+        parts.append(preconditioner.prepare_shares(common["preconditioner"], of))
     if optimizer is not None:
         if "optimizer" not in common:
             raise ValueError("the checkpoint has no optimizer; load it without one")
-        _load_optimizer(optimizer, model, common["optimizer"], of, hyperparameters)
+        parts.append(_prepare_optimizer(optimizer, model, common["optimizer"], of, hyperparameters))
     if rank < ranks:
-        set_random_state(of(rank)["rng"])
+        parts.append(_prepare_random_state(of(rank)["rng"]))
     buffers = _own_buffers(model)
-    if same:
+    saved: Mapping[str, Tensor] = {}
+    if buffers:
+        saved = of(rank)["buffers"] if same else mean_buffers([of(other)["buffers"] for other in range(ranks)])
+    for name, buffer in buffers.items():
+        _check_tensor(name, saved[name], buffer)
+
+    def put() -> None:
+        for part in parts:
+            part()
         for name, buffer in buffers.items():
-            buffer.copy_(of(rank)["buffers"][name])
-    elif buffers:
-        for name, mean in mean_buffers([of(other)["buffers"] for other in range(ranks)]).items():
-            buffers[name].copy_(mean)
+            buffer.copy_(saved[name])
+
+    return put
+
+
+@torch.no_grad()
+def keep(
+    model: nn.Module, optimizer: Optimizer | OwnerOptimizer | None, preconditioner: Curvature | None
+) -> Callable[[], None]:
+    """Copies the state as it is; the result puts it back in place, whatever has become of it.
+
+    Copied are weights and buffers, to host memory, and the state of optimizers that are not torch's own: those put new
+    tensors in the place of the old ones.
+    """
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copies = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors.values()]
+    parts = [_keep_optimizer(inner) for inner in _optimizers(_inner(optimizer))] if optimizer is not None else []
+    if preconditioner is not None:
+        parts.append(preconditioner.keep())
+    parts.append(_prepare_random_state(random_state()))
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for tensor, copy in copies:
+            tensor.copy_(copy)
+        for part in parts:
+            part()
+
+    return put_back
 
 
 def mean_buffers(buffers: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -116,6 +163,9 @@ def _tensors(named: Mapping[str, Any]) -> Tree:
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} in the model's state is a {type(value).__name__}; only tensors can be saved")
+        if callable(getattr(value, "full_tensor", None)):
+            raise refusal(value, f"{name} in the model's state")
+        check_tensor(value, f"{name} in the model's state")
     return {name: value.detach() for name, value in named.items()}
 
 
@@ -126,18 +176,26 @@ def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in named.items() if buffer.is_floating_point()}
 
 
-def _load_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+def _check_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     present = model.state_dict()
     for name in sorted(set(present) ^ set(saved)):
         where = "the model has it, the checkpoint has not" if name in present else "the checkpoint has it alone"
         raise ValueError(f"{name}: {where}; load into the model that was saved")
     for name, tensor in present.items():
-        if tensor.shape != saved[name].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(saved[name].shape)} in the checkpoint and {tuple(tensor.shape)} in the model;"
-                " load into the model that was saved"
-            )
-    model.load_state_dict(dict(saved))
+        _check_tensor(name, saved[name], tensor)
+
+
+def _check_tensor(name: str, saved: Tensor, present: Tensor) -> None:
+    if present.shape != saved.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(saved.shape)} in the checkpoint and {tuple(present.shape)} in the model;"
+            " load into the model that was saved"
+        )
+    if not torch.can_cast(saved.dtype, present.dtype):  # real for complex, whole for real
+        raise ValueError(
+            f"{name} is of {saved.dtype} in the checkpoint and of {present.dtype} in the model; load into the model"
+            " that was saved"
+        )
 
 
 # Optimizer
@@ -157,51 +215,120 @@ def _inner(optimizer: Optimizer | OwnerOptimizer) -> Optimizer:
 
 
 def _optimizer(optimizer: Optimizer | OwnerOptimizer, model: nn.Module) -> tuple[Tree, Tree]:
-    """Hyperparameters by group, with the names of its parameters, and state by parameter name."""
+    """All but the state: hyperparameters by group, with the names of its parameters; and state by parameter name."""
     names, inner = _names(model), _inner(optimizer)
+    missing = [p for group in inner.param_groups for p in group["params"] if id(p) not in names]
+    if missing:
+        raise TypeError(f"the optimizer has {len(missing)} parameter(s) that are not the model's; save them apart")
+    ordered = [names[id(p)] for group in inner.param_groups for p in group["params"]]
+    packed = inner.state_dict()
+    if not _is_torchs(packed, inner):
+        raise TypeError(
+            f"the state_dict of the optimizer {type(inner).__name__} is not made as torch's are; save it apart:"
+            " extra={'optimizer': optimizer.state_dict()}"
+        )
     groups: Tree = {}
-    for number, group in enumerate(inner.param_groups):
-        missing = [p for p in group["params"] if id(p) not in names]
-        if missing:
-            raise TypeError(f"the optimizer has {len(missing)} parameter(s) that are not the model's; save them apart")
-        plain = {key: as_tree(value, key) for key, value in group.items() if key != "params"}
-        groups[str(number)] = {"params": [names[id(p)] for p in group["params"]], **plain}
-    state = {names[id(p)]: as_tree(entries, names[id(p)]) for p, entries in inner.state.items() if entries}
-    return groups, state
+    for number, group in enumerate(packed["param_groups"]):
+        others = {key: value for key, value in group.items() if key != "params"}
+        plain = as_tree(others, f"optimizer.param_groups[{number}]")
+        groups[str(number)] = {"params": [ordered[i] for i in group["params"]], **plain}
+    state, whole = {}, {}
+    for key, entries in packed["state"].items():
+        if type(key) is not int:
+            whole[key] = entries
+        elif entries:
+            state[ordered[key]] = as_tree(entries, f"the optimizer's state of {ordered[key]}")
+    more = {key: value for key, value in packed.items() if key not in ("state", "param_groups")}
+    found: Tree = {"class": type(inner).__name__, "groups": groups}
+    for name, value in (("whole", whole), ("more", more)):
+        if value:
+            found[name] = as_tree(value, f"optimizer.state_dict(): {name}")
+    return found, state
 
 
-def _load_optimizer(
+def _is_torchs(packed: Any, inner: Optimizer) -> bool:
+    """Whether a state dict is as `torch.optim.Optimizer.state_dict` makes it."""
+    groups, state = packed.get("param_groups"), packed.get("state")
+    if not isinstance(groups, list) or not isinstance(state, dict):
+        return False
+    numbers = [group.get("params") for group in groups]
+    lengths = [len(group["params"]) for group in inner.param_groups]
+    if not all(isinstance(group, list) for group in numbers) or [len(group) for group in numbers] != lengths:
+        return False
+    return [i for group in numbers for i in group] == list(range(sum(lengths)))
+
+
+def _prepare_optimizer(
     optimizer: Optimizer | OwnerOptimizer,
     model: nn.Module,
     saved: Mapping[str, Any],
     of: Callable[[int], Mapping[str, Any]],
     hyperparameters: bool,
-) -> None:
+) -> Callable[[], None]:
     names, inner = _names(model), _inner(optimizer)
-    present = [[names[id(p)] for p in group["params"]] for group in inner.param_groups]
+    parameters = [p for group in inner.param_groups for p in group["params"]]
+    present = [[names.get(id(p)) for p in group["params"]] for group in inner.param_groups]
     before = [list(group["params"]) for group in saved["groups"].values()]
     if present != before:
         raise ValueError(
             f"the optimizer has groups of {[len(g) for g in present]} parameters and the checkpoint's had"
             f" {[len(g) for g in before]}, or others; use the same optimizer and the same frozen layers"
         )
-    mine = {name for group in present for name in group}
+    numbers = iter(range(len(parameters)))
+    current = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in inner.param_groups]
+    kept = [_hyperparameters(group, like) for group, like in zip(saved["groups"].values(), current, strict=True)]
+    _check_class(inner, saved.get("class"), kept)
+    groups = [{**group, **(old if hyperparameters else {})} for group, old in zip(current, kept, strict=True)]
+    mine = {names[id(p)] for p in parameters}
     if isinstance(optimizer, OwnerOptimizer):
         mine = {name for name, rank in _owners(optimizer, model).items() if rank == optimizer.rank}
-    states = {name: _state_of(name, saved, of) for group in present for name in group if name in mine}
-    numbers = {name: i for i, name in enumerate(name for group in present for name in group)}
-    current = inner.state_dict()["param_groups"]
-    groups = [
-        _typed({**group, **(_taken(kept) if hyperparameters else {})}, group)
-        for group, kept in zip(current, saved["groups"].values(), strict=True)
-    ]
-    found = {numbers[name]: from_tree(state) for name, state in states.items() if state}
-    inner.load_state_dict({"state": found, "param_groups": groups})
-    for parameter, state in inner.state.items():  # torch gives state the weight's dtype, and may lose bits
-        kept = states.get(names[id(parameter)]) or {}
-        for key, value in state.items():
-            if isinstance(value, Tensor) and isinstance(kept.get(key), Tensor) and value.dtype != kept[key].dtype:
-                state[key] = kept[key].to(value.device)
+    states, nested = {}, {}
+    for number, parameter in enumerate(parameters):
+        name = names[id(parameter)]
+        tree = _state_of(name, saved, of) if name in mine else None
+        if tree:
+            states[number] = from_tree(tree)
+            nested[number] = from_tree(tree, partial(_moved, parameter.device))
+    whole, more = from_tree(saved.get("whole", {})), from_tree(saved.get("more", {}))
+
+    def put() -> None:
+        handed = {number: {k: v for k, v in state.items() if _torch_takes(v)} for number, state in states.items()}
+        inner.load_state_dict({"state": {**handed, **whole}, "param_groups": groups, **more})
+        for number, state in states.items():
+            _mend_state(inner.state[parameters[number]], state, nested[number])
+
+    return put
+
+
+def _check_class(inner: Optimizer, saved: str | None, kept: list[dict[str, Any]]) -> None:
+    """Another optimizer has another name and lacks hyperparameters: a class may be renamed, and may get new ones."""
+    present = type(inner).__name__
+    if saved not in (None, present) and any(not set(inner.defaults) <= set(group) for group in kept):
+        raise ValueError(f"the optimizer was {saved} when this was saved, and now is {present}; use that")
+
+
+def _moved(device: torch.device, tensor: Tensor) -> Tensor:
+    return tensor.to(device)
+
+
+def _torch_takes(value: Any) -> bool:
+    """Whether `Optimizer.load_state_dict` can copy a value of a state: it takes all that can be iterated for a list."""
+    if isinstance(value, dict):
+        return all(map(_torch_takes, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_torch_takes, value))
+    return value is None or isinstance(value, Tensor | int | float | complex)
+
+
+def _mend_state(state: dict[Any, Any], kept: Mapping[Any, Any], nested: Mapping[Any, Any]) -> None:
+    """Torch gives state the weight's dtype, and may lose bits, and containers the types of its own."""
+    for key, value in kept.items():
+        if isinstance(value, Tensor):
+            loaded = state.get(key)
+            if isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                state[key] = value.to(loaded.device)
+        elif not (value is None or isinstance(value, int | float)):
+            state[key] = nested[key]
 
 
 def _state_of(name: str, saved: Mapping[str, Any], of: Callable[[int], Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -210,41 +337,55 @@ def _state_of(name: str, saved: Mapping[str, Any], of: Callable[[int], Mapping[s
     return saved["state"].get(name)
 
 
-def _taken(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: from_tree(value) for key, value in group.items() if key != "params"}
+def _hyperparameters(saved: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's, on the devices and with tuples where they are now: schema 1 had lists alone."""
+    taken = from_tree({key: value for key, value in saved.items() if key != "params"})
+    for key, value in taken.items():
+        if isinstance(value, list) and isinstance(like.get(key), tuple):
+            taken[key] = tuple(value)
+        if isinstance(value, Tensor) and isinstance(like.get(key), Tensor):
+            taken[key] = value.to(like[key].device)
+    return taken
 
 
-def _typed(group: dict[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """With tuples where they were tuples."""
-    return {key: tuple(v) if isinstance(like.get(key), tuple) else v for key, v in group.items()}
+def _optimizers(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer and those that it is made of."""
+    found = [optimizer]
+    for other in found:
+        for value in vars(other).values():
+            for part in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(part, Optimizer) and all(part is not known for known in found):
+                    found.append(part)
+    return found
 
 
-def as_tree(value: Any, about: str) -> Any:
-    """Nested dictionaries, lists and tuples of tensors and plain values as what a tree can hold.
+def _keep_optimizer(optimizer: Optimizer) -> Callable[[], None]:
+    """Puts back the very objects that were there, with what they held."""
+    attributes = dict(vars(optimizer))
+    containers: list[tuple[Any, Any]] = [(optimizer.state, dict(optimizer.state))]
+    containers += [(entries, dict(entries)) for entries in optimizer.state.values() if isinstance(entries, dict)]
+    containers += [(group, dict(group)) for group in optimizer.param_groups]
+    groups = list(optimizer.param_groups)
+    held = [value for _, entries in containers[1:] for value in entries.values() if isinstance(value, Tensor)]
+    copies = [(tensor, tensor.detach().clone()) for tensor in held] if _in_place(optimizer) else []
 
-    Raises:
-        TypeError: there is something else among them.
-    """
-    if isinstance(value, Tensor):
-        return value.detach()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): as_tree(entry, about) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        if all(isinstance(entry, bool | int | float | str) for entry in value):
-            return list(value)
-        return {LIST: len(value)} | {str(i): as_tree(entry, about) for i, entry in enumerate(value)}
-    raise TypeError(f"{about}: the optimizer keeps a {type(value).__name__}, which cannot be saved")
+    def put_back() -> None:
+        vars(optimizer).clear()
+        vars(optimizer).update(attributes)
+        optimizer.param_groups[:] = groups
+        for container, entries in containers:
+            container.clear()
+            container.update(entries)
+        for tensor, copy in copies:
+            tensor.copy_(copy)
+
+    return put_back
 
 
-def from_tree(value: Any) -> Any:
-    """The reverse; tuples come back as lists."""
-    if not isinstance(value, Mapping):
-        return value
-    if LIST in value:
-        return [from_tree(value[str(i)]) for i in range(value[LIST])]
-    return {key: from_tree(entry) for key, entry in value.items()}
+def _in_place(optimizer: Optimizer) -> bool:
+    """Whether loading may write into the tensors that are there, as torch's own optimizers never do."""
+    hooks = optimizer._optimizer_load_state_dict_pre_hooks or optimizer._optimizer_load_state_dict_post_hooks
+    return bool(hooks) or not type(optimizer).__module__.startswith("torch.optim.")
 
 
 # Random numbers
@@ -269,13 +410,20 @@ def random_state() -> Tree:
     return state
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Restores `random_state`."""
-    torch.set_rng_state(state["torch"])
-    old = state["numpy"]
+def _prepare_random_state(state: Mapping[str, Any]) -> Callable[[], None]:
+    """Reads `random_state`; the result puts it in place."""
+    old, python = state["numpy"], state["python"]
     keys = old["keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, old["position"], old["has_gauss"], old["gauss"]))  # noqa: NPY002
-    python = state["python"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    numpys = ("MT19937", keys, old["position"], old["has_gauss"], old["gauss"])
+    words = tuple(python["words"].tolist())
+    pythons = (python["version"], words, python["gauss"])
+    torchs, cudas = state["torch"], state.get("cuda")
+
+    def put() -> None:
+        torch.set_rng_state(torchs)
+        np.random.set_state(numpys)  # noqa: NPY002
+        random.setstate(pythons)
+        if cudas is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cudas)
+
+    return put

@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
 
-FORMAT, SCHEMA = "hpc_kfac checkpoint", 1
+FORMAT, SCHEMA = "hpc_kfac checkpoint", 2
 ROOT_ATTRIBUTES = ("format", "schema", "kind", "step")
 KINDS = ("common", "rank")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,15 +60,19 @@ class FirstOrder:
         """What a checkpoint holds of it."""
         return {"method": "none", "skipped_in_row": self._skipped_in_row}, {}
 
-    def load_shares(self, common: Mapping[str, Any], of: Callable[[int], Mapping[str, Any]]) -> None:
-        """Restores `share`.
+    def prepare_shares(self, common: Mapping[str, Any], of: Callable[[int], Mapping[str, Any]]) -> Callable[[], None]:
+        """The result restores `share`.
 
         Raises:
             ValueError: it was a method's.
         """
         if common["method"] != "none":
             raise ValueError(f"the method was {common['method']} when this was saved, and now is none; use that")
-        self._skipped_in_row = common["skipped_in_row"]
+        return partial(setattr, self, "_skipped_in_row", common["skipped_in_row"])
+
+    def keep(self) -> Callable[[], None]:
+        """The result restores this very state."""
+        return partial(setattr, self, "_skipped_in_row", self._skipped_in_row)
 
     def retire(self) -> None:
         """There is nothing to end."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from hpc_kfac.checkpoint import BrokenCheckpoint, Checkpointing, Checkpoints, Saved, open_set, put_back
 from hpc_kfac.checkpoint.reading import together
 from hpc_kfac.checkpoint.sets import list_sets, remove
-from hpc_kfac.checkpoint.state import as_tree, collect, from_tree
+from hpc_kfac.checkpoint.state import collect
+from hpc_kfac.checkpoint.values import as_tree, from_tree
 from hpc_kfac.distributed import Communicator, communicator
 from hpc_kfac.training.launch import InputError, RunInterrupted, RunStopped
 from hpc_kfac.training.lease import Lease
@@ -157,18 +158,13 @@ class Saver:
         """
         setup = self._setup
 
-        def work() -> bool:
-            return put_back(
-                saved, self.comm, setup.model, setup.averaging.saved, setup.preconditioner, hyperparameters=False
-            )
-
         try:
-            together(self.comm, work)
+            progress = together(self.comm, lambda: Progress.of(from_tree(saved.common["run"]["progress"])))
+            put_back(saved, self.comm, setup.model, setup.averaging.saved, setup.preconditioner, hyperparameters=False)
         except BrokenCheckpoint as error:
             raise InputError(f"{saved.path.name} cannot be gone on from: {error}") from error
         if self._checkpoints is not None:
             self._checkpoints.last = saved.step
-        progress = Progress.of(from_tree(saved.common["run"]["progress"]))
         saved.forget()
         return progress
 

@@ -127,7 +127,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "fewer files": (lambda m: m["files"].pop("rank-00001.h5"), "has not the files of 2 ranks: rank-00001.h5"),
     "absurd ranks": (lambda m: m.update(ranks=10**12), "1000000000000 ranks"),
     "truth as step": (lambda m: m.update(step=True), "'True' as step"),
-    "newer": (lambda m: m.update(schema=2, novelty=1), "is of schema 2; this version reads up to 1: update hpc_kfac"),
+    "newer": (lambda m: m.update(schema=3, novelty=1), "is of schema 3; this version reads up to 2: update hpc_kfac"),
     "no schema": (lambda m: m.pop("schema"), "has the keys"),
     "nested facts": (lambda m: m["facts"].update(epoch=[[]]), "facts that are neither"),
 }
@@ -325,7 +325,7 @@ def test_a_hostile_file_is_refused(path: Path, tmp_path: Path, write: Callable[[
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"schema": 2}, "is of schema 2; this version reads up to 1: update hpc_kfac"),
+        ({"schema": 3}, "is of schema 3; this version reads up to 2: update hpc_kfac"),
         ({"schema": 0}, "has the schema 0"),
         ({"format": np.bytes_(b"another")}, "has the format 'another'"),
         ({"kind": np.bytes_(b"another")}, "has the kind 'another'"),

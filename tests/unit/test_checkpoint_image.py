@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hpc_kfac.checkpoint.files import BrokenCheckpoint
 from hpc_kfac.checkpoint.image import build, parse, tensor_bytes
-from hpc_kfac.checkpoint.structure import AS_INTEGER, NATIVE, escape, unescape
+from hpc_kfac.checkpoint.structure import AS_INTEGER, NATIVE, SCHEMA, escape, unescape
 from hpc_kfac.checkpoint.tree import Packed, Tree
 from hpc_kfac.linalg.packing import pack_triangle
 
@@ -110,7 +110,7 @@ def test_anybody_can_read_it(tmp_path: Path) -> None:
     (tmp_path / "rank-00000.h5").write_bytes(image(tree, "rank", 500))
     with h5py.File(tmp_path / "rank-00000.h5") as file:
         assert file.attrs["format"] == b"hpc_kfac checkpoint" and file.attrs["kind"] == b"rank"
-        assert (file.attrs["schema"], file.attrs["step"]) == (1, 500)
+        assert (file.attrs["schema"], file.attrs["step"]) == (SCHEMA, 500)
         layer = file["layers/a%2Fb"]
         assert layer.attrs["weight"] == 0.5
         assert layer["A"][:].tolist() == [1, 2, 4]
