@@ -69,8 +69,7 @@ def restore(saved: Mapping[str, Any], problem: Problem, device: torch.device) ->
 def own_pending(pending: Pending, device: torch.device) -> dict[Unit, tuple[int, State | None]]:
     """With copies of the tensors."""
     return {
-        unit: (int(step), None if result is None else _own(result, device))
-        for unit, (step, result) in pending.items()
+        unit: (int(step), None if result is None else _own(result, device)) for unit, (step, result) in pending.items()
     }
 
 

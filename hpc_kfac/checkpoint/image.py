@@ -161,9 +161,7 @@ class _Builder:
         self._dataset_creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
         self._dataset_creation.set_fill_time(h5d.FILL_TIME_NEVER)
 
-    def group(
-        self, group: h5g.GroupID, tree: Tree, where: str, reserved: tuple[str, ...] = (), depth: int = 0
-    ) -> None:
+    def group(self, group: h5g.GroupID, tree: Tree, where: str, reserved: tuple[str, ...] = (), depth: int = 0) -> None:
         if depth > MAX_DEPTH:
             raise ValueError(f"{where[:80]}... is nested deeper than {MAX_DEPTH} groups")
         for key in sorted(tree):

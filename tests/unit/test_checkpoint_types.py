@@ -168,7 +168,6 @@ REFUSED = {
 }  # fmt: skip
 
 
-
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_held_is_refused_with_its_path_and_a_mend(tmp_path: Path, case: str) -> None:
     value, message = REFUSED[case]
