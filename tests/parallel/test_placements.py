@@ -167,7 +167,7 @@ def test_own_samples_only(comm):
     for layer, state in preconditioner.states.items():
         if preconditioner.assignment.owner[layer] == comm.rank:
             for name, factor in state.running.items():
-                torch.testing.assert_close(factor, alone.states[layer].running[name])
+                torch.testing.assert_close(factor, alone.factors(layer)[name])
         else:
             assert not state.running and not state.solved
 

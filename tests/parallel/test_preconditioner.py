@@ -161,7 +161,7 @@ def test_a_layer_unused_on_some_ranks(comm, fraction):
     expected = preconditioner.capture.layers["branch"].gradient().clone()
     preconditioner.step()
     # Rank 0's own factors count, undiluted by the ranks that did not use the layer.
-    state = comm.bcast(preconditioner.states["branch"].running if comm.rank == 0 else None)
+    state = comm.bcast(preconditioner.factors("branch") if comm.rank == 0 else None)
     shape = preconditioner.capture.layers["branch"].shape
     solved = preconditioner.method.refresh(state, shape, 0.1)
     update = preconditioner.method.precondition(expected, {**state, **solved}, shape, 0.1)

@@ -80,7 +80,7 @@ class Outcome:
 
     def factor(self, layer: str, name: str) -> Tensor:
         """A running factor of a layer; a diagonal one as a matrix."""
-        found = self.preconditioner.states[layer].running[name]
+        found = self.preconditioner.factors(layer)[name]
         return torch.diag_embed(found) if found.dim() == 2 else found
 
 

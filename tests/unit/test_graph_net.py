@@ -24,7 +24,7 @@ def test_factors_are_those_of_aggregated_features_of_labelled_nodes() -> None:
     F.cross_entropy(outputs[labelled], y[labelled]).backward()
     preconditioner.step()
     rows = torch.cat([adjacency @ x, torch.ones(len(x), 1)], dim=1)[labelled]
-    torch.testing.assert_close(preconditioner.states["first"].running["A"][0], rows.T @ rows / len(rows))
+    torch.testing.assert_close(preconditioner.factors("first")["A"][0], rows.T @ rows / len(rows))
 
 
 @pytest.mark.parametrize("kfac", [True, False])

@@ -214,7 +214,7 @@ def test_running_average_weighs_steps_by_their_terms() -> None:
         F.cross_entropy(model(x[part]), y[part]).backward()
         preconditioner.step()
     old, new = 0.9 * 6, 0.1 * 2
-    close(preconditioner.states["4"].running["A"], (old * alone[0] + new * alone[1]) / (old + new))
+    close(preconditioner.factors("4")["A"], (old * alone[0] + new * alone[1]) / (old + new))
 
 
 def test_loss_scale_must_be_positive() -> None:

@@ -125,7 +125,7 @@ def test_forward_only(name: str, approximation: str) -> None:
     found = ours(model, x, y, criterion, hk.CrossEntropy(), method=method, weight_sharing=approximation)
     a_factors, g_factors = theirs(model, x, y, criterion, "forward-only", approximation)
     for layer, a in a_factors.items():
-        assert set(found.preconditioner.states[layer].running) == {"A"}
+        assert set(found.preconditioner.factors(layer)) == {"A"}
         close(found.factor(layer, "A")[0], a)
         expected = solved(kron(g_factors[layer][None], a[None]), found.gradients[layer])
         close(found.updates[layer], expected)

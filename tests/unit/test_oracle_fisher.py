@@ -250,14 +250,14 @@ def test_sampled_fisher_converges_to_the_exact_one(loss: LossCase) -> None:
         loss.criterion(outputs, target).backward()
         sampled.step()
         for name, found in drawn.items():
-            found.append(sampled.states[name].running["G"][0].clone())
+            found.append(sampled.factors(name)["G"][0])
     for name, found in drawn.items():
         expected = exact.factor(name, "G")[0]
         draws = torch.stack(found)
         error = draws.std(0) / len(draws) ** 0.5
         assert error.max() < 0.05 * expected.diagonal().max()  # or the next line says nothing
         assert ((draws.mean(0) - expected).abs() < 5 * error).all()
-        close(sampled.states[name].running["A"], exact.factor(name, "A"))
+        close(sampled.factors(name)["A"], exact.factor(name, "A"))
 
 
 def test_sampled_labels_differ_between_steps_seeds_and_samples() -> None:
@@ -273,7 +273,7 @@ def test_sampled_labels_differ_between_steps_seeds_and_samples() -> None:
             preconditioner.observe(outputs)
             F.cross_entropy(outputs, target[rows]).backward()
             preconditioner.step()
-        return preconditioner.states["0"].running["G"][0]
+        return preconditioner.factors("0")["G"][0]
 
     assert torch.equal(first_g(0), first_g(0))
     assert not torch.equal(first_g(0), first_g(1))

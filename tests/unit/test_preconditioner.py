@@ -115,7 +115,7 @@ def test_state_dict_continues_bitwise(name: str) -> None:
     assert taken_up.preconditioner.steps == 7
     # The loaded state is a copy: the run went on without changing what was saved.
     assert all(
-        torch.equal(tensor, left.preconditioner.states[layer].running[key])
+        torch.equal(tensor, left.preconditioner.factors(layer)[key])
         for layer, state in saved[2]["layers"].items()
         for key, tensor in state["running"].items()
     )

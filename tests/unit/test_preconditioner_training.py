@@ -220,7 +220,7 @@ def test_what_is_dropped_is_freed(owners: bool) -> None:
             sharded.synchronize()
         preconditioner.step()
         (sharded or optimizer).step()
-        state = next(iter(preconditioner.states.values())).running["A"]
+        state = preconditioner.factors(next(iter(preconditioner.states)))["A"]
         return [weakref.ref(thing) for thing in (model, model[0].weight, preconditioner, state)]
 
     found = trained()
@@ -256,9 +256,9 @@ def test_unused_layer(fisher: str) -> None:
         assert report.applied and report.failures == 0
         if used:
             assert not torch.allclose(model.branch.weight.grad, raw)
-            state = copy.deepcopy(preconditioner.states["branch"].running)
+            state = preconditioner.factors("branch")
     assert model.branch.weight.grad is None
-    assert all(torch.equal(preconditioner.states["branch"].running[key], state[key]) for key in state)
+    assert all(torch.equal(preconditioner.factors("branch")[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize("fisher", FISHERS)
