@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from hpc_kfac import saved_state
@@ -191,6 +192,7 @@ class Preconditioner:
 
     # What the user calls
 
+    @torch._disable_dynamo
     def observe(
         self,
         outputs: Tensor,
@@ -232,6 +234,7 @@ class Preconditioner:
         finally:
             self.capture.paused = before
 
+    @torch._disable_dynamo
     def step(self, scalars: Mapping[str, float] | None = None, log: bool = False) -> StepReport:
         """Replaces the averaged gradients in `.grad` by preconditioned ones. Once per optimisation step, on all ranks.
 
@@ -300,6 +303,7 @@ class Preconditioner:
         """Whether `adapt_damping` has something to do after the step just taken."""
         return self._ratio.due
 
+    @torch._disable_dynamo
     def adapt_damping(self, evaluate: Callable[[], float], loss: float) -> None:
         """The Levenberg-Marquardt rule; does nothing unless `damping_due`. Collective, after `optimizer.step()`.
 
@@ -310,6 +314,7 @@ class Preconditioner:
         if self._ratio.due and isinstance(self.damping, LevenbergMarquardt):
             self.damping.adjust(self._ratio.measure(evaluate() - loss, self.damping.current))
 
+    @torch._disable_dynamo
     def retire(self) -> None:
         """Ends statistics, decompositions and preconditioning for good and frees their memory; step control goes on.
 
@@ -400,6 +405,7 @@ class Preconditioner:
         if self._watchdog is not None:
             self._watchdog.stop()
 
+    @torch._disable_dynamo
     def remove(self) -> None:
         """Takes everything off the model and gives back memory, threads and communicators. Between two steps.
 

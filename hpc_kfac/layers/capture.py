@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from hpc_kfac.layers.batch import LayerBatch, Reading, Use
+from hpc_kfac.layers.compiled import Uncompiled
 from hpc_kfac.layers.hooks import ForwardHook, GradientHook, is_computed, remove_stand_ins
 from hpc_kfac.layers.layer import CapturedLayer
-from hpc_kfac.layers.selection import select
+from hpc_kfac.layers.selection import named_modules, select
 from hpc_kfac.notices import Refused
 
 
@@ -92,13 +93,14 @@ class Capture:
         self.completions: dict[str, tuple[int, int]] = {}
         self.sizes: dict[tuple[int, int], str] = {}
         self.sequences = ""
-        self.time_first = next((name for name, module in model.named_modules() if _time_first(module)), "")
+        self.time_first = next((name for name, module in named_modules(model) if _time_first(module)), "")
         self._leading = 0
         self._seen_with_grad: set[str] = set()
         self._seen_without_grad: set[str] = set()
         self._hooks: dict[str, list[Any]] = {}  # on the model at present, by layer
         self._unused = set(self.layers)  # layers that no forward pass has reached yet
         self._armed = False
+        self._uncompiled = Uncompiled()
         self.place()
 
     @property
@@ -193,10 +195,12 @@ class Capture:
     def place(self) -> None:
         """Place the hooks that are wanted at present, and no others."""
         self._place_hooks(self.layers.keys() if self._armed else self._unused)
+        self._uncompiled.want(self._armed or len(self._unused) == len(self.layers))
 
     def remove(self) -> None:
         """Take all hooks off the model, until it is armed again."""
         self._place_hooks(set())
+        self._uncompiled.want(False)
         self.clear()
 
     def _reading(self, scale: float, draws: bool, mask: Tensor | None) -> Reading:

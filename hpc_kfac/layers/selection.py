@@ -117,10 +117,16 @@ def select(
     return layers, left_out
 
 
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its name; one inside torch.compile's wrapper is called as it is without."""
+    for name, module in model.named_modules():
+        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
+
+
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
     """Every module once, with the reason that closes it; nothing from inside a closed module."""
     inside: set[int] = set()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if id(module) in inside:
             continue
         closed = next((reason for kind, reason in CLOSED.items() if isinstance(module, kind)), None)
@@ -134,7 +140,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
 def _holders(model: nn.Module) -> dict[int, list[str]]:
     """Names of the modules that hold each parameter."""
     holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for parameter in module.parameters(recurse=False):
             holders.setdefault(id(parameter), []).append(name)
     return holders

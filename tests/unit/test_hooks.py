@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.optim.swa_utils import AveragedModel
 
 import hpc_kfac as hk
@@ -187,6 +188,151 @@ def test_other_uses_of_the_model_work_and_leave_statistics_alone(use: Any) -> No
     preconditioner.step()
     torch.testing.assert_close(got, expected) if not isinstance(expected, str) else None
     assert_factors_of_plain_training(preconditioner)
+
+
+# torch.compile
+
+
+class Block(nn.Module):
+    """Not one of torch's own modules, which module.compile() leaves alone."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = Block(5), Block(7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.first(x)))
+
+
+def whole(model: Net, **how: Any) -> Any:
+    return torch.compile(model, **how)
+
+
+def in_place(model: Net, **how: Any) -> Any:
+    model.compile(**how)
+    return model
+
+
+def blocks(model: Net, **how: Any) -> Any:
+    model.first.compile(**how)
+    model.second = torch.compile(model.second, **how)
+    return model
+
+
+def function(model: Net, **how: Any) -> Any:
+    return torch.compile(lambda x: model(x), **how)
+
+
+def train_compiled(
+    how: Any, order: str, steps: int = 22, varied: bool = False, **settings: Any
+) -> tuple[dict[str, Tensor], list[Tensor], Any]:
+    """Statistics on every tenth step. The factors, the weights and what was compiled."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = Net()
+    compiled = how(model, **settings) if order != "after" else None
+    if order == "run":
+        compiled(X)
+        with torch.no_grad():
+            compiled(X)
+    given = compiled if order == "given" else model
+    optimizer, preconditioner = made(given, schedule=hk.Schedule(statistics=10, refresh=10))
+    if order == "after":
+        compiled = how(model, **settings)
+    for step in range(steps):
+        samples = 16 - step % 3 if varied else 16
+        optimizer.zero_grad()
+        F.cross_entropy(compiled(X[:samples]), Y[:samples]).backward()
+        preconditioner.step()
+        optimizer.step()
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    return factors(preconditioner), weights, dict(counters["stats"])
+
+
+@pytest.fixture(scope="module")
+def uncompiled() -> dict[bool, Any]:
+    return {varied: train_compiled(lambda model: model, "before", varied=varied) for varied in (False, True)}
+
+
+@pytest.mark.parametrize("guards", ["hook guards", "none"])
+@pytest.mark.parametrize(
+    "how, order, settings",
+    [
+        (whole, "before", {}),
+        (whole, "after", {"dynamic": True}),
+        (whole, "run", {}),
+        (whole, "given", {"fullgraph": True}),
+        (in_place, "run", {}),
+        (in_place, "given", {}),
+        (blocks, "run", {}),
+        (blocks, "after", {}),
+        (function, "run", {}),
+        (function, "after", {}),
+    ],
+)
+def test_compiled_models_give_the_statistics_of_plain_ones_and_stay_compiled(
+    how: Any, order: str, settings: Any, guards: str, uncompiled: Any
+) -> None:
+    dynamic = "dynamic" in settings
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=guards == "none"):
+        got, weights, compiled = train_compiled(how, order, varied=dynamic, backend="aot_eager", **settings)
+    expected, plain, _ = uncompiled[dynamic]
+    assert got.keys() == expected.keys()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(weights, plain)
+    graphs = (2 if how is blocks else 1) * (2 if order == "run" else 1)
+    assert compiled["unique_graphs"] == graphs  # no step has compiled another
+
+
+def test_a_whole_compiled_step_is_right(uncompiled: Any) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model = Net()
+    optimizer, preconditioner = made(model, schedule=hk.Schedule(statistics=10, refresh=10))
+
+    @torch.compile(backend="aot_eager")
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        preconditioner.step()
+        optimizer.step()
+
+    for _ in range(22):
+        step(X, Y)
+    torch.testing.assert_close(factors(preconditioner), uncompiled[False][0])
+    torch.testing.assert_close([p.detach() for p in model.parameters()], uncompiled[False][1])
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_stances_of_the_user_come_back() -> None:
+    def stance() -> str:
+        return torch._dynamo.eval_frame._stance.stance
+
+    torch._dynamo.reset()  # compiled code keeps what it refers to
+    gc.collect()
+    model = Net()
+    assert stance() == "default"
+    preconditioner = made(model)[1]
+    assert stance() == "force_eager"
+    with torch.compiler.set_stance("eager_on_recompile"):  # it ends on ours
+        preconditioner.remove()
+        assert stance() == "eager_on_recompile"
+    assert stance() == "force_eager"
+    first, second = made(Net())[1], made(model)[1]
+    del first
+    assert stance() == "force_eager"
+    second.remove()
+    assert stance() == "default"
 
 
 # The end of a preconditioner
