@@ -22,8 +22,17 @@ Quadratic = Callable[[Tensor], Tensor]
 
 LOGGED = 5
 """Numbers of each layer that a logged step reduces, too: <U, D>, cosine, curvature share, size of update, staleness."""
-FIXED = 4
-"""Numbers that every step reduces: <U, D>, ranks with an update that is not finite, refreshed layers, failures."""
+FIXED = 3
+"""Numbers that every step reduces: ranks with an update that is not finite, refreshed layers, failures."""
+
+
+def numbers(layers: int, control: StepControl) -> int:
+    """How many numbers an ordinary step reduces: under a clip also <U, D> of every layer.
+
+    Each comes from the layer's owner alone, so that the sum over layers is taken in their order on every rank: summed
+    over ranks, it would be rounded differently for each way of placing layers on ranks.
+    """
+    return FIXED + (layers if isinstance(control, KLClip) else 0)
 
 
 @dataclass
@@ -90,7 +99,8 @@ class Agreement:
 
     def size(self, inputs: StepInputs, changes: Sequence[str]) -> int:
         """How many numbers the reduction carries."""
-        return FIXED + len(inputs.scalars) + len(changes) + (LOGGED * len(self._layers) if inputs.log else 0)
+        logged = LOGGED * len(self._layers) if inputs.log else 0
+        return numbers(len(self._layers), self._control) + len(inputs.scalars) + len(changes) + logged
 
     def start_step(self) -> None:
         self._measured.clear()
@@ -149,27 +159,32 @@ class Agreement:
         measured = self._products.tolist() if clip is not None or inputs.log else [[0.0] * LOGGED] * len(self._layers)
         products = dict(zip(self._layers, measured, strict=True))
         owned = [name for name in self._layers if name in self._measured and self._owned[name]]
-        weights = [1.0 if clip is None else clip.weight(inputs.learning_rates[name]) for name in owned]
-        quadratic = sum(weight / LESS * products[name][0] for weight, name in zip(weights, owned, strict=True))
-        finite = self._finite() and math.isfinite(quadratic)
-        values = [quadratic if finite else 0.0, float(not finite), refreshed, float(failures), *inputs.scalars.values()]
+        bounded: dict[str, float] = {}
+        if clip is not None:
+            bounded = {name: clip.weight(inputs.learning_rates[name]) / LESS * products[name][0] for name in owned}
+        finite = self._finite() and all(math.isfinite(value) for value in bounded.values())
+        values = [float(not finite), refreshed, float(failures), *inputs.scalars.values()]
         values += [0.0 if change is None else 1.0 + change for change in changes.values()]
+        first_clip = len(values)
+        if clip is not None:
+            values += [bounded.get(name, 0.0) if finite else 0.0 for name in self._layers]
+        first_log = len(values)
         if inputs.log:
             values += [x for name in self._layers for x in (products[name] if name in owned else [0.0] * LOGGED)]
         totals = self._sum(values)
-        scale = 1.0 if clip is None else clip.scale(totals[0])
+        quadratic = sum(totals[first_clip:first_log])
+        scale = 1.0 if clip is None else clip.scale(quadratic)
         gradients = [p.grad for p in self._captured if p.grad is not None]
         if scale != 1.0 and gradients:
             self._scale.fill_(scale)  # a number would be made a tensor for every gradient
             torch._foreach_mul_(gradients, self._scale)
         first_change = FIXED + len(inputs.scalars)
-        first_log = first_change + len(changes)
-        found = zip(changes, totals[first_change:first_log], strict=True)
+        found = zip(changes, totals[first_change:first_clip], strict=True)
         return Agreed(
-            applied=totals[1] == 0,
+            applied=totals[0] == 0 and math.isfinite(quadratic),
             kl_scale=scale,
-            refreshed=round(totals[2]),
-            failures=int(totals[3]),
+            refreshed=round(totals[1]),
+            failures=int(totals[2]),
             scalars=dict(zip(inputs.scalars, totals[FIXED:first_change], strict=True)),
             changes={name: value - 1.0 for name, value in found if value > 0},
             layers=self._reports(totals[first_log:], scale) if inputs.log else {},

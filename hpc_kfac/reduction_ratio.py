@@ -85,20 +85,21 @@ class ReductionRatio:
             change: of this rank's mean loss.
             damping: of the model.
         """
-        model = torch.zeros((), dtype=torch.float64)
+        parts = dict.fromkeys(self._layers, 0.0)
         for name, (weights, gradient) in self._before.items():
             layer, state = self._layers[name], self._states[name]
             delta = layer.matrix([p.detach() for p in layer.parameters]).to(gradient.dtype) - weights
             part = (delta * gradient).sum() + 0.5 * damping * delta.square().sum()
             if state.running:
                 part += 0.5 * self._problem.method.quadratic(delta, state.view(), self._problem.shapes[name])
-            model += part.double().cpu()
-        for weight, before, slope in self._others:
-            model += ((weight - before) * slope).sum().double().cpu()
+            parts[name] = float(part)
+        others = sum(float(((weight - before) * slope).sum()) for weight, before, slope in self._others)
         self._before, self._others = {}, []
         self.due = False
-        totals = torch.tensor([change / self._comm.size, float(model)], dtype=torch.float64)
+        # Layer by layer, so that the sum is rounded alike wherever the layers' owners are.
+        totals = torch.tensor([change / self._comm.size, others, *parts.values()], dtype=torch.float64)
         if self._comm.size > 1:
             self._comm.allreduce(totals, "damping", "change of the loss").wait()
+        model = sum(totals[1:].tolist())
         # A step that the model expects to raise the loss, as momentum can make it, is no good whatever came of it.
-        return (totals[0] / totals[1]).item() if totals[1] < 0 else math.nan
+        return totals[0].item() / model if model < 0 else math.nan

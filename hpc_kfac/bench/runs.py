@@ -22,6 +22,7 @@ from hpc_kfac.training.launch import InputError, Ranks
 from hpc_kfac.training.loader import Loader
 from hpc_kfac.training.optimizers import set_learning_rate
 from hpc_kfac.training.sampler import ShardedSampler
+from hpc_kfac.training.seeding import seed_all
 from hpc_kfac.training.tasks import Task
 
 TURNS = 20
@@ -113,7 +114,7 @@ def first_samples(dataset: Dataset, count: int, ranks: Ranks) -> Loader:
 
 
 class Run:
-    """A contender at work. Everything here is collective.
+    """A contender at work. Everything here is collective. Every rank's generators are seeded alike.
 
     Args:
         task: of the comparison.
@@ -133,6 +134,7 @@ class Run:
         self._batches = whole_batches(data, self._batch, spec.seed, ranks)
         self._test = first_samples(data.test, task.test_samples, ranks)
         self._model = copy.deepcopy(data.model).to(device).train()
+        seed_all(spec.seed)
         with self._noting_failure():
             contender = CONTENDERS[spec.contender]
             self._trained = contender.make(self._model, data.loss, spec.settings, ranks)

@@ -122,7 +122,6 @@ class Comparison:
         self.say(f"{specs[0].seconds:g} s, seed {specs[0].seed}: " + ", ".join(spec.contender for spec in specs))
         with self.ranks.agreed():
             data = self.task.make(specs[0].seed, self.data)
-        torch.manual_seed(specs[0].seed)
         runs = [Run(self.task, data, spec, self.ranks, self.device) for spec in specs]
         finished = take_turns(runs, lambda: self._late(0.0))
         for run in runs:

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from hpc_kfac.agreement import FIXED
+from hpc_kfac.agreement import numbers
 from hpc_kfac.capacity.buffers import Buffers
 from hpc_kfac.capacity.clocks import Conditions
 from hpc_kfac.capacity.machine import Machine
@@ -104,10 +104,11 @@ def forecast(
     durations = times(costs, case.settings, machine, case.samples)
     due_steps = period(case.schedule, problem) if problem is not None else Counter({Due(): 1})
     buffers = Buffers(_fullest(problem))
+    scalars = numbers(len(costs.shapes), case.settings.control) if problem is not None else 1
     simulated: dict[Due, Step] = {}
     for due in sorted(due_steps, key=lambda due: (len(due.landing), due.statistics)):
         simulated[due] = simulate(
-            problem, due, costs, durations, case.settings, machine, case.ranks, conditions, FIXED, buffers=buffers
+            problem, due, costs, durations, case.settings, machine, case.ranks, conditions, scalars, buffers=buffers
         )
     steps = sum(due_steps.values())
     mean = sum(due_steps[due] * step.seconds for due, step in simulated.items()) / steps

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +17,7 @@ from hpc_kfac.training.launch import InputError, Ranks, choose_device, set_threa
 from hpc_kfac.training.loader import Loader
 from hpc_kfac.training.optimizers import LearningRate, RunLength
 from hpc_kfac.training.sampler import ShardedSampler
+from hpc_kfac.training.seeding import seed_all
 from hpc_kfac.training.tasks import Task
 from hpc_kfac.training.weights import freeze, load_weights
 
@@ -70,7 +69,7 @@ def build(settings: Settings, ranks: Ranks, everyone: Ranks | None = None) -> Se
     run, parts = settings.run, settings.parts
     device = choose_device(run.device, ranks)
     set_threads(run.threads, ranks)
-    _seed(run.seed)
+    seed_all(run.seed)
     with ranks.agreed():
         task: Task = parts["task"](seed=run.seed)
         train, test = _loaders(settings, task, ranks)
@@ -98,13 +97,6 @@ def make_optimizer(parts: dict[str, Component], model: nn.Module) -> Any:
     if chosen.settings.get("momentum", 0.0) is None and isinstance(control, FixedNorm):
         chosen = replace(chosen, settings={**chosen.settings, "momentum": 0.0 if control.momentum != 0.0 else 0.9})
     return chosen(model=model)
-
-
-def _seed(seed: int) -> None:
-    """The same on every rank: what depends on the sample is keyed instead. For a task's own draws."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - the one that others draw from
-    random.seed(seed)
 
 
 def _own(averaging: OwnerAveraging, preconditioner: Preconditioner | FirstOrder, run: RunSettings) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from hpc_kfac.bench.store import Store
 from hpc_kfac.bench.tasks import TASKS
 from hpc_kfac.bench.tuning import Comparison
 from hpc_kfac.training.launch import Ranks
+from hpc_kfac.training.seeding import seed_all
 
 CPU = torch.device("cpu")
 TASK = replace(TASKS["digits"], seconds=0.18)
@@ -68,7 +70,7 @@ def test_two_ranks_train_as_one(comm: Any, contender: str) -> None:
         Run(TASK, data, Spec(contender, settings, 1.0, 0), ranks, CPU) for ranks in (joined(comm), Ranks())
     )
     for run in (together, one):
-        torch.manual_seed(0)
+        seed_all(0)
         for _ in range(2):
             run._steps, run._seconds = 0, 0.0  # so that the learning rate does not depend on the clock
             run.steps(1)
@@ -90,6 +92,20 @@ def test_two_ranks_train_as_one(comm: Any, contender: str) -> None:
         assert traffic == 2 * 4 * len(start)
     elif contender != "our_eva_s":  # which sends nothing
         assert (traffic > 0) == ours
+
+
+@pytest.mark.ranks(2)
+def test_optimizers_that_draw_by_themselves_draw_alike_on_all_ranks(comm: Any) -> None:
+    """PSGD-Kron asks numpy whether to balance its factors: one rank alone would round its weights differently."""
+    missing = CONTENDERS["kron"].missing()
+    if missing:
+        pytest.skip(missing)
+    np.random.seed(comm.rank)  # noqa: NPY002 - the one that it draws from
+    settings = {"lr": 1e-3, "balance_prob": 0.5}
+    run = Run(TASK, TASK.make(0, None), Spec("kron", settings, 1.0, 0), joined(comm), CPU)
+    run.steps(6)
+    assert run.result.error is None
+    assert all(torch.equal(weights(run), other) for other in comm.allgather(weights(run)))
 
 
 @pytest.mark.ranks(2)
