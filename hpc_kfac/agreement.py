@@ -22,8 +22,9 @@ Quadratic = Callable[[Tensor], Tensor]
 
 LOGGED = 5
 """Numbers of each layer that a logged step reduces, too: <U, D>, cosine, curvature share, size of update, staleness."""
-FIXED = 3
-"""Numbers that every step reduces: ranks with an update that is not finite, refreshed layers, failures."""
+FIXED = 4
+"""Numbers that every step reduces: ranks with an update that is not finite, refreshed layers, failures, ranks where the
+model has changed."""
 
 
 def numbers(layers: int, control: StepControl) -> int:
@@ -47,6 +48,7 @@ class Agreed:
         scalars: sums of the caller's numbers.
         changes: how much the factors of a layer have changed between two refreshes, where that was measured.
         layers: reports, where asked for.
+        changed: some rank has found the model changed.
     """
 
     applied: bool
@@ -56,6 +58,7 @@ class Agreed:
     scalars: dict[str, float]
     changes: dict[str, float]
     layers: dict[str, LayerReport] = field(default_factory=dict)
+    changed: bool = False
 
 
 class Agreement:
@@ -80,22 +83,26 @@ class Agreement:
         dtype: torch.dtype,
     ) -> None:
         self._layers, self._owned, self._comm, self._control = layers, owned, comm, control
-        captured = {id(p) for layer in layers.values() for p in layer.parameters}
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self._others = [p for p in parameters if id(p) not in captured]
-        self._captured = [p for p in parameters if id(p) in captured]
-        device = parameters[0].device
+        device = next(model.parameters()).device
         self._products = torch.zeros(len(layers), LOGGED, dtype=dtype, device=device)
         self._rows = {name: row.split(1) for name, row in zip(layers, self._products, strict=True)}
-        # The largest entry of what each layer is given and of each other gradient: squares overflow long before.
-        self._largest = torch.zeros(len(layers) + len(self._others), dtype=dtype, device=device)
-        self._entries = self._largest.unbind()
-        self._entry = dict(zip(layers, self._entries, strict=False))
-        self._limits = {name: _limit(layer) for name, layer in layers.items()}
+        self.watch(model, layers)
         self._work = Workspace()
         self._scale = torch.ones((), dtype=dtype, device=device)
         self._vectors: dict[int, Tensor] = {}
         self._measured: set[str] = set()
+
+    def watch(self, model: nn.Module, layers: Mapping[str, CapturedLayer]) -> None:
+        """Takes the parameters that are trained now; only those of these layers are clipped."""
+        captured = {id(p) for layer in layers.values() for p in layer.parameters}
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self._others = [p for p in parameters if id(p) not in captured]
+        self._captured = [p for p in parameters if id(p) in captured]
+        # The largest entry of what each layer is given and of each other gradient: squares overflow long before.
+        self._largest = self._products.new_zeros(len(self._layers) + len(self._others))
+        self._entries = self._largest.unbind()
+        self._entry = dict(zip(self._layers, self._entries, strict=False))
+        self._limits = {name: _limit(layer) for name, layer in self._layers.items()}
 
     def size(self, inputs: StepInputs, changes: Sequence[str]) -> int:
         """How many numbers the reduction carries."""
@@ -163,7 +170,7 @@ class Agreement:
         if clip is not None:
             bounded = {name: clip.weight(inputs.learning_rates[name]) / LESS * products[name][0] for name in owned}
         finite = self._finite() and all(math.isfinite(value) for value in bounded.values())
-        values = [float(not finite), refreshed, float(failures), *inputs.scalars.values()]
+        values = [float(not finite), refreshed, float(failures), float(inputs.changed), *inputs.scalars.values()]
         values += [0.0 if change is None else 1.0 + change for change in changes.values()]
         first_clip = len(values)
         if clip is not None:
@@ -187,6 +194,7 @@ class Agreement:
             failures=int(totals[2]),
             scalars=dict(zip(inputs.scalars, totals[FIXED:first_change], strict=True)),
             changes={name: value - 1.0 for name, value in found if value > 0},
+            changed=totals[3] > 0,
             layers=self._reports(totals[first_log:], scale) if inputs.log else {},
         )
 

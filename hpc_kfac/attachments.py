@@ -60,6 +60,11 @@ class Attachments:
                 holder._later.append(self)
                 holder._unhook()
 
+    def take(self, modules: Mapping[str, nn.Module]) -> None:
+        """Has hooks on these modules from now on, and on no others."""
+        self._modules = modules
+        self.claim()
+
     def end(self) -> None:
         """Gives everything back; a second call does nothing."""
         self._end()

@@ -87,6 +87,11 @@ class Collector:
         capture.on_discard = self._discard
         self.start(0, armed=False)
 
+    def follow(self, shapes: Mapping[str, LayerShape]) -> None:
+        """Goes on with other layers, between two steps."""
+        self._shapes = shapes
+        self._doubts.follow()
+
     def start(self, step: int, armed: bool) -> None:
         """Begins an optimisation step; nothing is captured unless `armed`."""
         self._capture.clear()

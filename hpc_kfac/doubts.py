@@ -27,9 +27,13 @@ class Doubts:
 
     def __init__(self, capture: Capture, notices: Notices, micro_batches: int, relative: bool) -> None:
         self._capture, self._notices, self._micro_batches, self._relative = capture, notices, micro_batches, relative
-        layers = capture.layers
-        self._witness = min(layers, key=lambda name: layers[name].parameters[0].numel())
+        self.follow()
         self.start()
+
+    def follow(self) -> None:
+        """Goes on with other layers."""
+        layers = self._capture.layers
+        self._witness = min(layers, key=lambda name: layers[name].parameters[0].numel(), default="")
 
     def start(self) -> None:
         """Begins a step."""
@@ -85,7 +89,7 @@ class Doubts:
             )
 
     def _scale(self) -> None:
-        gradient = self._capture.layers[self._witness].parameters[0].grad
+        gradient = None if self._left is None else self._capture.layers[self._witness].parameters[0].grad
         if self._left is None or gradient is None:
             return
         left, now = float(self._left), float(gradient.detach().norm())
@@ -120,7 +124,7 @@ class Doubts:
                 " (gradients that torch.autograd.grad returns leave no statistics)",
             )
         for name in capture.completions:
-            if name not in folded and (capture.only is None or name in capture.only):
+            if name not in folded and name not in capture.uncalled and (capture.only is None or name in capture.only):
                 self._notices.once(
                     f"nothing {name}",
                     f"layer {name!r} got a gradient in step {step}, but not through the output of its module, so that"

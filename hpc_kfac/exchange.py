@@ -59,6 +59,10 @@ class Exchange:
             "share": self._share,
         }
 
+    def follow(self, problem: Problem) -> None:
+        """Goes on with other layers."""
+        self._problem = problem
+
     # Running averages: each rank sends its own times its weight, and the sum is divided by the sum of the weights.
 
     def _reduce(self, operation: Operation) -> tuple[list[Work], Finish]:

@@ -28,7 +28,7 @@ from hpc_kfac.methods.method import State
 from hpc_kfac.operations import Due, Operation
 from hpc_kfac.schedule import Similarity, TraceChange
 from hpc_kfac.solving import Solver
-from hpc_kfac.step_control import StepControl
+from hpc_kfac.step_control import FixedNorm, StepControl
 from hpc_kfac.step_plan import Problem
 from hpc_kfac.step_report import LayerState, StepInputs
 from hpc_kfac.timing import Timeline
@@ -99,6 +99,7 @@ class Executor:
         overlap: post reductions during the backward pass.
         waited: seconds blocked in collectives.
         pool: buffers of all messages.
+        left: layers that are not preconditioned in the present step.
     """
 
     def __init__(
@@ -117,6 +118,8 @@ class Executor:
         self._adapt, self._timings, self._timeline = adapt, timings, timeline
         device = next(model.parameters()).device
         owned = {name: problem.assignment.owner[name] == comm.rank for name in layers}
+        self._model, self._control = model, control
+        self.left: frozenset[str] = frozenset()
         self.groups = Groups(comm, problem.assignment)
         self.agreement = Agreement(model, layers, owned, self.groups.trainers, control, problem.precision.wire)
         self.pool = BufferPool()
@@ -140,6 +143,33 @@ class Executor:
         self.overlap = problem.assignment.helpers == 0  # helpers need their orders first
         self.waited = 0.0
         self.begin(())
+
+    def follow(self, problem: Problem) -> None:
+        """Goes on with other layers, between two steps."""
+        self._problem = problem
+        self._exchange.follow(problem)
+        self.solver.follow(problem)
+        owned = {name: problem.assignment.owner[name] == self._comm.rank for name in self._layers}
+        wire = problem.precision.wire
+        self.agreement = Agreement(self._model, self._layers, owned, self.groups.trainers, self._control, wire)
+        self._workspace = Workspace()
+        self.left = frozenset()
+
+    def leave(self, layers: frozenset[str]) -> None:
+        """Has the next step leave layers as they are, and see the gradients of all that is trained now."""
+        self.left = layers
+        self.agreement.watch(self._model, {name: layer for name, layer in self._layers.items() if name not in layers})
+        for name, layer in self._layers.items():  # a dtype may have changed
+            momentum = self._states[name].momentum
+            if "average" in momentum:
+                dtype = torch.promote_types(torch.float32, layer.parameters[0].dtype)
+                momentum["average"] = momentum["average"].to(dtype)
+
+    def bound(self, layers: Mapping[str, CapturedLayer], controls: Mapping[str, FixedNorm]) -> None:
+        """Gives layers without curvature the length of an update."""
+        for name, control in controls.items():
+            layer = layers[name]
+            layer.set_gradient(control.bound(layer.gradient(), layer.shared))
 
     # During the forward and backward pass
 
@@ -298,7 +328,7 @@ class Executor:
             self._inputs.fold()
             return
         for name, layer in self._layers.items():
-            if self._problem.assignment.works_on(self._comm.rank, name):
+            if self._problem.assignment.works_on(self._comm.rank, name) and name not in self.left:
                 state = self._states[name]
                 gradient = layer.gradient(self._workspace).to(self._problem.precision.factors).contiguous()
                 if is_finite(gradient):  # else all ranks skip the step
@@ -334,6 +364,8 @@ class Executor:
 
     def _precondition(self, operation: Operation) -> None:
         (name,) = operation.layers
+        if name in self.left:
+            return
         layer, shape, state = self._layers[name], self._problem.shapes[name], self._states[name]
         control = self._inputs.controls.get(name)
         fresh = layer.gradient(self._workspace)

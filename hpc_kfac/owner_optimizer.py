@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from hpc_kfac.distributed.communicator import Communicator, Work
 from hpc_kfac.distributed.placement import balance
+from hpc_kfac.notices import Refused
 from hpc_kfac.preconditioner import Preconditioner
 
 
@@ -81,6 +82,7 @@ class OwnerOptimizer:
         self.optimizer = optimizer
         self._micro_batches = micro_batches
         parameters = [p for p in model.parameters() if p.requires_grad]
+        self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self.owners = _owners(parameters, preconditioner)
         self._buckets = _buckets(parameters, self.owners, self._comm, bucket_bytes)
         self._bucket_of = {id(p): bucket for bucket in self._buckets for p in bucket.parameters}
@@ -110,7 +112,17 @@ class OwnerOptimizer:
         self.optimizer.zero_grad()
 
     def synchronize(self) -> None:
-        """Waits for the reduce-scatter: `.grad` becomes the mean over ranks on the owner and None elsewhere."""
+        """Waits for the reduce-scatter: `.grad` becomes the mean over ranks on the owner and None elsewhere.
+
+        Raises:
+            Refused: a parameter is trained that was frozen at the start.
+        """
+        for name, parameter in self._frozen.items():
+            if parameter.requires_grad:
+                raise Refused(
+                    f"parameter {name!r} is trained since this step, but OwnerOptimizer shares out what is trained when"
+                    " it is made; make it while the parameter is trainable, and freeze it after that"
+                )
         self._post(everything=True)
         for bucket in self._buckets:
             assert bucket.work is not None

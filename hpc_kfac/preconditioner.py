@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hpc_kfac import saved_state
+from hpc_kfac.agreement import Agreed
 from hpc_kfac.attachments import Attachments
 from hpc_kfac.base_optimizer import BaseOptimizer, Rule
 from hpc_kfac.collector import Collector, FisherSource
@@ -28,9 +29,10 @@ from hpc_kfac.distributed import (
 )
 from hpc_kfac.execution import Executor
 from hpc_kfac.fisher import CrossEntropy, OutputDistribution
-from hpc_kfac.layers import Capture
+from hpc_kfac.layers import Capture, CapturedLayer, LayerShape
 from hpc_kfac.methods import KFAC
 from hpc_kfac.methods.method import Method
+from hpc_kfac.model_changes import ModelChanges
 from hpc_kfac.notices import Notices, Refused
 from hpc_kfac.operations import Due, Operation
 from hpc_kfac.optimizer_watch import OptimizerWatch
@@ -38,6 +40,7 @@ from hpc_kfac.precision import Precision
 from hpc_kfac.reduction_ratio import ReductionRatio, check_steers
 from hpc_kfac.schedule import RefreshTimes, Schedule
 from hpc_kfac.step_control import FixedNorm, KLClip, Orthogonal, StepControl
+from hpc_kfac.step_plan import Problem
 from hpc_kfac.step_report import LayerState, StepInputs, StepReport
 from hpc_kfac.timing import Timeline
 
@@ -47,6 +50,36 @@ PLANS = 256
 
 class TrainingDiverged(RuntimeError):
     """Too many optimisation steps in a row had non-finite gradients."""
+
+
+@dataclass
+class Resting:
+    """A layer that has been frozen while training.
+
+    Attributes:
+        layer: as it was captured.
+        state: its curvature.
+        times: where it stood in the schedule.
+        since: the first step without it.
+        folds: of statistics, at that step.
+    """
+
+    layer: CapturedLayer
+    state: LayerState
+    times: Any
+    since: int
+    folds: int
+
+
+class States(dict[str, LayerState]):
+    """Curvature by layer; what is asked for a layer that rests, or is left to the optimizer, is not among the items."""
+
+    def __init__(self, resting: Mapping[str, Resting], layers: Iterable[str]) -> None:
+        super().__init__({name: LayerState() for name in layers})
+        self._resting = resting
+
+    def __missing__(self, name: str) -> LayerState:
+        return self._resting[name].state if name in self._resting else LayerState()
 
 
 class Preconditioner:
@@ -127,7 +160,8 @@ class Preconditioner:
         self._attachments = Attachments(self, modules, self.capture.place, self.capture.remove)
         if not self.capture.layers:
             raise ValueError(f"the model has no layer that can be captured. {self.capture.summary()}")
-        self.states = {name: LayerState() for name in self.capture.layers}
+        self._resting: dict[str, Resting] = {}
+        self.states = States(self._resting, self.capture.layers)
         self._device = next(model.parameters()).device
         self._model, self._base = model, BaseOptimizer(optimizer, self.capture.layers)
         self._max_skipped = max_skipped
@@ -141,9 +175,9 @@ class Preconditioner:
             self._watchdog = Watchdog(self._comm.mpi, self._comm.monitor, stall_seconds)
             self._attachments.add(self._watchdog.stop)
         shapes = {name: layer.shape for name, layer in self.capture.layers.items()}
-        self._problem = make_problem(
-            shapes, self.method, placement or Kaisa(), self.precision, self._comm, self._device
-        )
+        self._placement = placement or Kaisa()
+        self._problem = self._place(shapes)
+        self._placed = self._problem.assignment  # of all layers that there were
         self._control = step_control
         self._controls(self._base.rules())
         self._watch = OptimizerWatch(optimizer, self.capture.layers, step_control, self.notices)
@@ -164,9 +198,10 @@ class Preconditioner:
         self._attachments.add(self._executor.solver.stop)
         self._plans: dict[tuple[Due, int], tuple[Operation, ...]] = {}
         self._ratio = ReductionRatio(model, self.capture.layers, self.states, self._problem, self.trainers)
-        if self.assignment.factors == "local":
-            here = {name for name in self.states if self._problem.collects(self._comm.rank, name)}
-            self.capture.only = frozenset(here)
+        self._capture_own()
+        self._changes = ModelChanges(
+            model, self.capture, optimizer, self.trainers, self.notices, skip, self.assignment.helpers == 0
+        )
         self._collector = Collector(
             self.capture,
             self.method,
@@ -259,21 +294,24 @@ class Preconditioner:
         self._attachments.check()
         if self._check_weights_every and self.steps % self._check_weights_every == 0 and self._comm.size > 1:
             check_weights(dict(self._model.named_parameters()), self.trainers, self.steps)
+        self._changes.look(self.steps == 0 or self._due.statistics, self._collects)
+        found = self._changes.found
+        if found or self._changes.left != self._executor.left:
+            self._executor.leave(self._changes.left)
         rules = self._base.rules()
         self._watch.check_groups(rules, self._model)
-        if self._due.statistics and self.method.reads == "samples":
+        if self._collects:
             self._collector.finish_passes()
         rates = {name: rule.learning_rate for name, rule in rules.items()}
-        damping = self.damping.at(self.steps, max(rates.values()))
-        inputs = StepInputs(
-            self.steps, damping, rates, scalars or {}, log, self._collector.fold, self._controls(rules)
-        )
+        damping = self.damping.at(self.steps, max(rates.values(), default=0.0))
+        controls = self._controls(rules)
+        inputs = StepInputs(self.steps, damping, rates, scalars or {}, log, self._collector.fold, controls, found)
         rule = self.damping if isinstance(self.damping, LevenbergMarquardt) and not self.retired else None
         self._ratio.due = rule is not None and rule.due(self.steps)
         if self._ratio.due:
             self._ratio.remember()
         plan = self._plan(self._due, self._executor.scalars(self._due, inputs))
-        agreed = self._executor.run(plan, self._due, inputs)
+        agreed = self._run(plan, inputs)
         for layer, change in agreed.changes.items():
             self._times.record(layer, self.steps, change)
         report = StepReport(
@@ -295,6 +333,8 @@ class Preconditioner:
             self._times.overdue(self._due.starting, self.steps)
         self.failures += report.failures
         self.steps += 1
+        if agreed.changed:
+            self._follow()
         self._start_step()
         return report
 
@@ -325,6 +365,8 @@ class Preconditioner:
         self._executor.solver.restore({})
         for name, state in self.states.items():
             self.states[name] = LayerState(momentum=state.momentum)
+        for rest in self._resting.values():
+            rest.state = LayerState(momentum=rest.state.momentum)
         self._start_step()
 
     def raise_damping(self, factor: float) -> None:
@@ -452,6 +494,7 @@ class Preconditioner:
             ValueError: the layers, their tensors or a tensor's shape are not this model's and method's. Nothing is
                 changed then.
         """
+        self._settle()
         states = saved_state.restore(state["layers"], self._problem, self._device)
         self._load(state, states, saved_state.own_pending(state["pending"], self._device))
 
@@ -488,6 +531,7 @@ class Preconditioner:
 
     def prepare_shares(self, common: Mapping[str, Any], of: Callable[[int], Mapping[str, Any]]) -> Callable[[], None]:
         """Reads and checks what `load_shares` restores; the result puts it in place. As `load_shares`."""
+        self._settle()
         shares = saved_state.Shares.of_saved(common, of, self._problem)
         rank, device = self._comm.rank, self._device
         states = saved_state.take(shares, self._problem, rank, device)
@@ -499,6 +543,80 @@ class Preconditioner:
         counters, states, pending = self._counters(), dict(self.states), self._executor.solver.pending()
         return lambda: self._load(counters, states, pending)
 
+    # A model that changes
+
+    def _run(self, plan: tuple[Operation, ...], inputs: StepInputs) -> Agreed:
+        try:
+            agreed = self._executor.run(plan, self._due, inputs)
+        except RuntimeError as error:
+            if reason := self._changes.explain():
+                raise Refused(reason) from error
+            raise
+        if agreed.changed:
+            self._changes.agree()
+            fresh = {layer.name: layer for layer in self._changes.fresh if agreed.applied}
+            rules, control = BaseOptimizer(self._base.optimizer, fresh).rules(), self._control
+            if isinstance(control, FixedNorm):
+                self._executor.bound(fresh, {n: control.under(r.momentum, r.dampening) for n, r in rules.items()})
+        return agreed
+
+    def _follow(self) -> None:
+        """Goes on with the layers that the model has now. Collective where costs are measured."""
+        before = dict(self.capture.layers)
+        self._changes.take()
+        layers = self.capture.layers
+        for name in [name for name, layer in before.items() if layers.get(name) is not layer]:
+            state, times = self.states.pop(name), self._times.leave(name)
+            self._resting[name] = Resting(before[name], state, times, self.steps, self._collector.folds)
+        shapes = {name: layer.shape for name, layer in layers.items()}
+        back = {n: self._resting.pop(n) for n in layers if n not in self.states and n in self._resting}
+        back = {n: rest for n, rest in back.items() if _goes_on(rest.layer, layers[n])}
+        new = {name: shape for name, shape in shapes.items() if name not in self.states and name not in back}
+        if new:
+            more = self._place(new).assignment
+            solvers = {unit: ranks for unit, ranks in self._placed.solvers.items() if unit[0] not in new}
+            owner, solvers = {**self._placed.owner, **more.owner}, {**solvers, **more.solvers}
+            if self._ratio.sharded:  # what owners update stays with them
+                owner |= self._placed.owner
+                solvers |= {unit: (owner[unit[0]],) for unit in more.solvers}
+            self._placed = replace(self._placed, owner=owner, solvers=solvers)
+        for rest in back.values():
+            rest.state.weight *= self.method.decay ** (self._collector.folds - rest.folds)
+        states = {**self.states, **{name: rest.state for name, rest in back.items()}}
+        self.states.clear()
+        self.states.update({name: states.get(name, LayerState()) for name in layers})
+        owner = {name: self._placed.owner[name] for name in layers}
+        solvers = {unit: ranks for unit, ranks in self._placed.solvers.items() if unit[0] in layers}
+        assignment = replace(self._placed, owner=owner, solvers=solvers)
+        self._problem = replace(self._problem, shapes=shapes, assignment=assignment)
+        costs = refresh_flops(self._problem)
+        joined = {name: costs[name] for name in layers if name in new or name in back}
+        self._times.join(joined, self.steps, {n: (rest.times, rest.since) for n, rest in back.items()})
+        self._executor.follow(self._problem)
+        self._ratio.follow(self._problem)
+        self._collector.follow(shapes)
+        self._capture_own()
+        self._attachments.take({name: layer.module for name, layer in layers.items()})
+        self._plans.clear()
+
+    def _settle(self) -> None:
+        """Follows changes of the model between two steps."""
+        if self._changes.settle():
+            self._follow()
+            self._start_step()
+
+    def _place(self, shapes: Mapping[str, LayerShape]) -> Problem:
+        return make_problem(shapes, self.method, self._placement, self.precision, self._comm, self._device)
+
+    def _capture_own(self) -> None:
+        if self.assignment.factors == "local":
+            self.capture.only = frozenset(n for n in self.states if self._problem.collects(self._comm.rank, n))
+
+    @property
+    def _collects(self) -> bool:
+        """Whether statistics of captured passes are due."""
+        return self._due.statistics and self.method.reads == "samples"
+
     # Small helpers
 
     def _controls(self, rules: Mapping[str, Rule]) -> dict[str, FixedNorm]:
@@ -507,9 +625,9 @@ class Preconditioner:
         if not isinstance(control, FixedNorm):
             return {}
         found = {name: control.under(rule.momentum, rule.dampening) for name, rule in rules.items()}
-        largest = max(rules.values(), key=lambda rule: rule.momentum)
+        largest = max(rules.values(), key=lambda rule: rule.momentum, default=Rule())
         self.step_control = control.under(largest.momentum, largest.dampening)
-        kept = max(each.momentum or 0.0 for each in found.values())
+        kept = max((each.momentum or 0.0 for each in found.values()), default=0.0)
         if kept != self._problem.momentum:
             self._problem = replace(self._problem, momentum=kept)
         return found
@@ -560,7 +678,7 @@ class Preconditioner:
         self._attachments.check()
         self._due = self._due_at(self.steps)
         self._executor.begin(self._plan(self._due, 0))
-        self._collector.start(self.steps, armed=self._due.statistics and self.method.reads == "samples")
+        self._collector.start(self.steps, armed=self._collects)
 
     def _due_at(self, step: int) -> Due:
         if self.retired:
@@ -592,3 +710,8 @@ class Preconditioner:
                 f"{self._skipped_in_row} steps in a row had non-finite gradients (last good step: {good}); "
                 "lower the learning rate or the KL clip, or raise the damping"
             )
+
+
+def _goes_on(before: CapturedLayer, now: CapturedLayer) -> bool:
+    """Whether the curvature of a layer holds on: the same module, with weights of the same shape."""
+    return before.module is now.module and before.shape == now.shape

@@ -64,6 +64,11 @@ class ReductionRatio:
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
         self._others: list[tuple[Tensor, Tensor, Tensor]] = []
 
+    def follow(self, problem: Problem) -> None:
+        """Goes on with other layers."""
+        self._problem = problem
+        self._before, self._others, self.due = {}, [], False
+
     def remember(self) -> None:
         """Keeps weights and gradients as they are before the step."""
         owner = self._problem.assignment.owner

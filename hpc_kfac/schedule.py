@@ -214,6 +214,25 @@ class RefreshTimes:
         self._turn = {layer: turn[layer] for layer in costs}
         self._times = {layer: _LayerTimes() for layer in costs}
 
+    def leave(self, layer: str) -> Any:
+        """Forgets a layer; the result can be given to `join`."""
+        return self._times.pop(layer)
+
+    def join(self, costs: Mapping[str, float], step: int, known: Mapping[str, tuple[Any, int]]) -> None:
+        """Takes more layers in; all that missed a refresh start one at the step.
+
+        Args:
+            costs: layer -> cost of its refresh.
+            step: the next one.
+            known: where layers stood that had left, and the first step without them.
+        """
+        self._turn |= balance(costs, range(self._schedule.spread))
+        for layer in costs:
+            times, since = known.get(layer, (_LayerTimes(first=step), -1))
+            if since < 0 or (step > since and _latest(self._schedule.refresh, step - 1) >= since):
+                times.again = step
+            self._times[layer] = times
+
     def statistics_due(self, step: int) -> bool:
         """Whether the step takes statistics: by the interval, for a refresh as it begins, and where one is repeated."""
         if _latest(self._schedule.statistics, step) == step:

@@ -37,6 +37,11 @@ class Solver:
         self.renewed: dict[Unit, int] = {}
         self.failures = 0
 
+    def follow(self, problem: Problem) -> None:
+        """Goes on with other layers; forgets what is under way for those that are gone."""
+        self._problem = problem
+        self._pending = {unit: job for unit, job in self._pending.items() if unit[0] in problem.shapes}
+
     def start_step(self) -> None:
         self.renewed.clear()
         self.failures = 0

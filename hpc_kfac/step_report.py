@@ -69,6 +69,7 @@ class StepInputs:
         scalars: numbers to be summed over ranks.
         log: measure how strongly each layer is preconditioned.
         fold: folds what is left of the step's statistics into the running averages.
+        changed: this rank has found the model changed.
     """
 
     number: int
@@ -78,6 +79,7 @@ class StepInputs:
     log: bool
     fold: Callable[[], None]
     controls: Mapping[str, FixedNorm] = field(default_factory=dict)
+    changed: bool = False
 
 
 @dataclass

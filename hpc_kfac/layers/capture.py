@@ -14,7 +14,7 @@ from hpc_kfac.layers.batch import LayerBatch, Reading, Use
 from hpc_kfac.layers.compiled import Uncompiled
 from hpc_kfac.layers.hooks import ForwardHook, GradientHook, is_computed, remove_stand_ins
 from hpc_kfac.layers.layer import CapturedLayer
-from hpc_kfac.layers.selection import named_modules, select
+from hpc_kfac.layers.selection import LeftOut, named_modules, select
 from hpc_kfac.notices import Refused
 
 
@@ -58,6 +58,7 @@ class Capture:
         sizes: by micro-batch and number of samples a layer that was given so many, over the uses that count.
         sequences: a layer whose input had further dimensions between sample and features; "" for none.
         time_first: a module that takes sequences as [T, N, ...]; "" for none.
+        uncalled: layers whose weight is used without a call, with that in words; left out from the next step on.
         micro_batch: number of the micro-batch, from 0 in each optimisation step.
 
     Raises:
@@ -75,6 +76,8 @@ class Capture:
     ) -> None:
         if weight_sharing not in ("expand", "reduce"):
             raise ValueError(f"weight_sharing is {weight_sharing!r}; use 'expand' or 'reduce'")
+        self._model = model
+        self.uncalled: dict[str, str] = {}
         self.layers, self.left_out = select(model, skip)
         self.weight_sharing, self.dtype, self.rows = weight_sharing, dtype, rows
         self.only: frozenset[str] | None = None
@@ -82,9 +85,6 @@ class Capture:
         self.on_boundary: Callable[[], None] | None = None
         self.on_gradient: Callable[[str], None] | None = None
         self.on_discard: Callable[[Set[str]], None] | None = None
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        captured = sum(parameter.numel() for layer in self.layers.values() for parameter in layer.parameters)
-        self.coverage = captured / max(trainable, 1)
         self._arrived: dict[str, list[Use]] = {}  # whose output a backward pass has reached, by layer
         self._uses = 0
         self.micro_batch = 0
@@ -110,6 +110,29 @@ class Capture:
     @armed.setter
     def armed(self, armed: bool) -> None:
         self._armed = armed
+        self.place()
+
+    @property
+    def called(self) -> Set[str]:
+        """The layers that a forward pass has reached."""
+        return self.layers.keys() - self._unused
+
+    @property
+    def coverage(self) -> float:
+        trainable = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
+        captured = [p for layer in self.layers.values() for p in layer.parameters if p.requires_grad]
+        return sum(parameter.numel() for parameter in captured) / max(trainable, 1)
+
+    def follow(self, layers: Mapping[str, CapturedLayer], left_out: Sequence[LeftOut]) -> None:
+        """Captures other layers from now on, between two steps; one that is as it was stays the same object."""
+        self._place_hooks(set())
+        self.clear()
+        kept = {n: old for n, old in self.layers.items() if old.is_as(layers.get(n))}
+        self._unused = {name for name in layers if name not in kept or name in self._unused}
+        self.left_out = list(left_out)
+        found = {name: kept.get(name, layer) for name, layer in layers.items()}
+        self.layers.clear()
+        self.layers.update(found)
         self.place()
 
     def summary(self) -> str:

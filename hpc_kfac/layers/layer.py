@@ -60,6 +60,12 @@ class CapturedLayer(ABC):
         """Small tensors of a forward pass that its statistics can use and that the backward pass may free."""
         return ()
 
+    def is_as(self, other: CapturedLayer | None) -> bool:
+        """Whether it is the same module with the same trained parameters."""
+        if other is None or other.module is not self.module:
+            return False
+        return [id(p) for p in self.parameters] == [id(p) for p in other.parameters]
+
     @property
     def has_bias(self) -> bool:
         return len(self.parameters) > 1

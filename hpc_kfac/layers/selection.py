@@ -26,6 +26,8 @@ FAMILIES: dict[type[nn.Module], type[CapturedLayer]] = {
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Of weights that can be preconditioned."""
 
+FROZEN = "its {} is frozen"
+
 SHARDED = ("DTensor", "FullyShardedDataParallel", "FlatParameter")
 """Classes of torch.distributed whose weights are spread over ranks."""
 
@@ -72,7 +74,7 @@ class LeftOut:
 
 
 def select(
-    model: nn.Module, skip: Sequence[str] = (), without: Mapping[str, str] | None = None
+    model: nn.Module, skip: Sequence[str] = (), without: Mapping[str, str] | None = None, again: bool = False
 ) -> tuple[dict[str, CapturedLayer], list[LeftOut]]:
     """The layers of a model that can be captured, and everything else that has trainable parameters.
 
@@ -80,6 +82,7 @@ def select(
         model: the model; a module that is registered under several names goes by the first.
         skip: name patterns (``fnmatch``) of modules to leave out, with everything inside them.
         without: names of layers to leave out for a reason that does not show in the module.
+        again: a pattern may match nothing that is trained by now.
 
     Raises:
         ValueError: a pattern matches no module with trainable parameters, a lazy module is not initialised yet, or a
@@ -110,7 +113,7 @@ def select(
             layers[name] = FAMILIES[_family(module) or type(module)](name, module)
         else:
             left_out.append(LeftOut(name, reason, sum(parameter.numel() for parameter in parameters)))
-    for pattern in skip:
+    for pattern in () if again else skip:
         if pattern not in matched:
             some = ", ".join(repr(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
             raise ValueError(f"skip pattern {pattern!r} matches no layer; the layers are {some}")
@@ -173,7 +176,7 @@ def _obstacle(module: nn.Module) -> str | None:
     if weight is None:
         return f"its {names[0]} is not a plain parameter"
     if not weight.requires_grad:
-        return f"its {names[0]} is frozen"
+        return FROZEN.format(names[0])
     extra = set(module._parameters) - set(names)
     if extra:
         return f"{kind} holds further parameters: {', '.join(sorted(extra))}"
@@ -182,6 +185,11 @@ def _obstacle(module: nn.Module) -> str | None:
         if held is not None and held.dtype not in DTYPES:
             return f"its {name} is {str(held.dtype).removeprefix('torch.')}, and only real floating point is supported"
     return FAMILIES[family].obstacle(module)
+
+
+def is_frozen(reason: str) -> bool:
+    """Whether a module is left out because its weight is frozen alone."""
+    return reason.endswith(FROZEN.removeprefix("its {}"))
 
 
 def qualified(kind: type) -> str:
