@@ -295,7 +295,7 @@ def _settings_difference(old: str, new: str) -> Iterator[str]:
 
 
 def _equal(left: Any, right: Any) -> bool:
-    return type(left) is type(right) and (left == right or (left != left and right != right))
+    return type(left) is type(right) and repr(left) == repr(right)  # nan, and types in lists
 
 
 def _short(value: Any) -> str:
@@ -308,7 +308,7 @@ def _short(value: Any) -> str:
 def _flat(tree: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= {f"{key}{separator}{inner}": entry for inner, entry in _flat(value, separator).items()}
         else:
             flat[str(key)] = value

@@ -21,7 +21,7 @@ from pytorch_optimizer import SOAP
 from torch import nn
 from torch.optim import lr_scheduler
 
-from hpc_kfac import checkpoint
+from hpc_kfac import checkpoint, cli
 from hpc_kfac.checkpoint.image import build, parse, tensor_bytes
 from hpc_kfac.checkpoint.staging import Staging
 from hpc_kfac.checkpoint.values import KIND, as_tree, from_tree
@@ -186,6 +186,29 @@ def test_a_file_made_by_hand_runs_nothing() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match="a value|numpy|invalid|maxlen|zip"):
             from_tree(tree)
+
+
+LEFT = {"a": {0: (1, 2), "b": np.ones(2)}, "n": [float("nan"), 1], "e": {}, "c": Counter({4: 1}), "s": "\ud800"}
+RIGHT = {"a": {0: (1, 3), "b": np.zeros(2)}, "n": [float("nan"), True], "c": Counter({4: 1}), "s": "\ud801"}
+
+
+def test_the_command_line_looks_into_typed_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Linear(1, 1)
+    left, again, right = (
+        checkpoint.save(tmp_path / str(i), 1, model=model, extra=extra) for i, extra in enumerate((LEFT, LEFT, RIGHT))
+    )
+    for words in (["show", left], ["verify", left], ["export", left, tmp_path / "out.pt"], ["list", left]):
+        assert cli.main(["checkpoint", *map(str, words)]) in (0, None)
+    capsys.readouterr()
+    assert cli.main(["checkpoint", "diff", str(left), str(again)]) in (0, None)
+    assert "no difference" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["checkpoint", "diff", str(left), str(right)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[1].strip().split(" ")[0] for line in lines] == [
+        "extra/a/values/0/entries", "extra/a/values/1/values", "extra/e", "extra/n", "extra/order",
+        "extra/s/values",
+    ]  # fmt: skip
 
 
 # Schedules and the like
