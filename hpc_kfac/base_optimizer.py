@@ -66,6 +66,8 @@ ABSENT = Rule(learning_rate=0.0, held=False)
 
 
 def _rule(group: Mapping[str, Any]) -> Rule:
+    if "weight_sum" in group:  # schedule-free: its momentum weighs an average of weights, and adds up no updates
+        return Rule(float(group["lr"]))
     momentum = float(group.get("momentum") or group.get("betas", [0.0])[0] or 0.0)
     dampening = float(group.get("dampening") or 0.0) if momentum else 0.0
     return Rule(float(group["lr"]), momentum, dampening)

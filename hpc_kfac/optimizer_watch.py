@@ -18,8 +18,11 @@ FIRST = 3
 """So many optimizer steps are compared number by number, which waits for the device."""
 WATCHED = 3
 """So many parameters are compared, the smallest ones."""
-FACTOR = 4.0
-"""An optimizer that moves a weight by so many times more or less than learning rate times update goes its own way."""
+FACTOR, COSINE = 4.0, 0.98
+"""An optimizer that moves a weight by so many times more or less than learning rate times update, or not along it,
+makes steps of its own."""
+SECOND_MOMENTS = {"exp_avg_sq", "exp_avg_sq_row", "row_var", "variance", "square_avg", "exp_inf", "sum", "state2"}
+"""What optimizers call the squares of gradients, or their largest, that they divide by."""
 
 
 @dataclass
@@ -52,13 +55,16 @@ class OptimizerWatch:
     ) -> None:
         self._optimizer, self._layers, self._control, self._notices = optimizer, layers, control, notices
         names = {p: f"{name}.{kind}" for name, layer in layers.items() for kind, p in _named(layer)}
+        weights = [layer.parameters[0] for layer in layers.values()]
+        self._probe = min(weights, key=lambda p: (p.dim() < 2, p.numel()))  # a matrix where there is one
         smallest = sorted(names, key=torch.numel)[:WATCHED]
-        self._names = {p: names[p] for p in smallest}
+        self._names = {p: names[p] for p in [*smallest, self._probe]}
         self._written: dict[nn.Parameter, Written] = {}
-        self._moving: tuple[nn.Parameter, Tensor, float] | None = None
+        self._moving: tuple[Tensor, Tensor] | None = None
         self._applied = True
         self._steps = 0
         self._fresh: bool | None = None
+        self._decided = False
         if optimizer is None and isinstance(control, FixedNorm):
             notices.once(
                 "no optimizer",
@@ -141,8 +147,8 @@ class OptimizerWatch:
                 f" {_kind(self._control)} has set the length of; call scaler.unscale_(optimizer) before"
                 " preconditioner.step()"
             )
-        if self._steps <= FIRST:
-            self._remember(written)
+        if self._steps <= FIRST and not divided:
+            self._remember()
 
     def _drop(self, written: Mapping[nn.Parameter, Written]) -> None:
         """An optimizer that finds no gradients changes nothing: neither by weight decay nor by its momentum."""
@@ -160,33 +166,49 @@ class OptimizerWatch:
                 " in torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0); preconditioner.step()",
             )
 
-    # Whether the optimizer makes steps of the length that it is given
+    # Whether the optimizer makes the steps that it is given
 
-    def _remember(self, written: Mapping[nn.Parameter, Written]) -> None:
+    def _remember(self) -> None:
+        """Before the first step that moves the smallest weight: what it is to be moved by."""
+        parameter = self._probe
         if self._fresh is None:
-            self._fresh = not any(self._optimizer.state.get(p) for p in written)
-        rates = {id(p): float(group["lr"]) for group in self._optimizer.param_groups for p in group["params"]}
-        for parameter, was in written.items():
-            expected = rates.get(id(parameter), 0.0) * float(torch.linalg.vector_norm(was.gradient.float()))
-            if self._fresh and expected > 0 and parameter.element_size() >= 4:
-                self._moving = parameter, parameter.detach().clone(), expected
-                return
+            self._fresh = not self._optimizer.state.get(parameter)
+        groups = [group for group in self._optimizer.param_groups if any(p is parameter for p in group["params"])]
+        if not (self._fresh and groups) or parameter.grad is None or parameter.element_size() < 4:
+            return
+        group = groups[0]
+        step = parameter.grad + float(group.get("weight_decay") or 0.0) * parameter
+        rate = -float(group["lr"]) if group.get("maximize") else float(group["lr"])
+        if rate and step.count_nonzero():
+            self._moving = parameter.detach().clone(), rate * step
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
-        if self._moving is None:
+        if self._decided or not 0 < self._steps <= FIRST:
             return
-        (parameter, before, expected), self._moving = self._moving, None
-        moved = float((parameter - before).norm())
-        self._fresh = False  # the first step that moves anything decides
-        if not 1.0 / FACTOR <= moved / expected <= FACTOR:
-            kind = type(self._optimizer).__name__
-            self._notices.once(
-                "optimizer",
-                f"{kind} moved {self._names[parameter]} by {moved:.3g}, where learning rate times preconditioned"
-                f" gradient is {expected:.3g}: it sets the length of its steps itself, which undoes what the"
-                " preconditioner has set; use torch.optim.SGD after the preconditioner",
+        divides = sorted(SECOND_MOMENTS & set(self._optimizer.state.get(self._probe, {})))
+        if self._moving is None and not divides:
+            return
+        self._decided = True
+        seen = ""
+        if self._moving is not None:
+            (before, expected), self._moving = self._moving, None
+            moved = before - self._probe
+            length, right = float(moved.norm()), float(expected.norm())
+            along = float(torch.nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), dim=0))
+            if not divides and right / FACTOR <= length <= right * FACTOR and along > COSINE:
+                return
+            seen = (
+                f": it moved {self._names[self._probe]} by {length:.3g} with a cosine of {along:.2f} to the"
+                f" preconditioned gradient, whose length times the learning rate is {right:.3g}"
             )
+        kind = type(self._optimizer).__name__
+        why = f"divides by its {divides[0]}" if divides else "makes steps of its own"
+        self._notices.once(
+            "optimizer",
+            f"optimizer {kind} {why}{seen}. That undoes what the preconditioner has set; use torch.optim.SGD after the"
+            " preconditioner",
+        )
 
 
 def _named(layer: CapturedLayer) -> list[tuple[str, nn.Parameter]]:

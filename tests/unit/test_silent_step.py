@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import hpc_kfac as hk
 from hpc_kfac.linalg.orthogonal import orthogonal
 from hpc_kfac.linalg.scaling import size_of, with_length_of
 from hpc_kfac.linalg.workspace import Workspace
+from hpc_kfac.notices import CurvatureWarning, Refused
 from hpc_kfac.training.config import parse
 from hpc_kfac.training.launch import InputError, Ranks
 from hpc_kfac.training.setup import build
@@ -277,3 +279,178 @@ def test_levenberg_marquardt_is_refused_where_it_steers_nothing() -> None:
     words = ["--task", "digits", "--method.damping", "LevenbergMarquardt", "--method.damping.initial", "0.5"]
     with pytest.raises(InputError, match="step_control Orthogonal sets the length"):
         build(parse(words), Ranks())
+
+
+# ---- optimizers that change
+
+
+def moved(run: Run, steps: int) -> float:
+    """Mean length of the last ten of some steps; the gradient is always the same, so that no direction changes."""
+    found = []
+    for _ in range(steps):
+        run.optimizer.zero_grad()
+        for parameter in run.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before = run.model[0].weight.detach().clone()
+        assert run.preconditioner.step().applied
+        run.optimizer.step()
+        found.append((run.model[0].weight - before).norm().item())
+    return sum(found[-10:]) / 10
+
+
+PLAIN = {"schedule": hk.Schedule(1000, 1000), "lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"momentum": 0.95}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "dampening": 0.5}],
+    ids=str,
+)
+def test_no_momentum_changes_the_length_of_a_step(settings: dict[str, Any]) -> None:
+    """Nor does one that changes, comes or goes while training."""
+    full = 0.1 * 0.2 * 17**0.5 * (12 * 16 / (12 * 17)) ** 0.5
+    run = Run(mlp(), **settings, **PLAIN)
+    run.preconditioner.retire()
+    assert moved(run, 150) == pytest.approx(full, rel=1e-2)
+    if settings.get("nesterov"):
+        return
+    for momentum, own in ((0.5, 0.0), (0.8, 0.0), (0.0, 0.9), (0.9, 0.0)):
+        run.optimizer.param_groups[0].update(momentum=momentum)
+        assert moved(run, 100) == pytest.approx(full, rel=1e-2)
+        assert run.preconditioner.step_control.momentum == own
+        kept = [state.momentum for state in run.preconditioner.states.values()]
+        assert all(kept) if own else not any(kept)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_one_cycle_before_and_after_construction(before: bool) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def schedule() -> torch.optim.lr_scheduler.OneCycleLR:
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=400)
+
+    scheduler = schedule() if before else None
+    run = Run(model, optimizer=optimizer, schedule=hk.Schedule(1000, 1000))
+    scheduler = scheduler or schedule()
+    for _ in range(200):
+        moved(run, 1)
+        scheduler.step()
+    rate = optimizer.param_groups[0]["lr"]
+    assert moved(run, 10) / rate == pytest.approx(0.2 * 16**0.5, rel=0.1)
+    assert run.preconditioner.step_control.norm == pytest.approx(0.2 * (1 - optimizer.param_groups[0]["momentum"]))
+
+
+def test_groups_have_lengths_of_their_own_and_may_come_later() -> None:
+    model = mlp()
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
+    with pytest.warns(CurvatureWarning, match="no group of the optimizer has the weights of '2'.*add_param_group"):
+        run = Run(model, optimizer=first)
+        run.backward()
+        run.preconditioner.step()
+    first.add_param_group({"params": model[2].parameters(), "momentum": 0.0})
+    run.backward()
+    run.preconditioner.step()
+    lengths = {name: layer.gradient().norm().item() for name, layer in run.preconditioner.capture.layers.items()}
+    assert lengths == pytest.approx({"0": 0.02 * 17**0.5, "2": 0.2 * 13**0.5}, rel=1e-4)
+    states = run.preconditioner.states
+    assert "average" in states["2"].momentum and not states["0"].momentum
+
+
+def test_optimizers_that_cannot_be_meant() -> None:
+    run = Run(mlp(), optimizer=torch.optim.SGD(copy.deepcopy(mlp()).parameters(), lr=0.1))
+    run.backward()
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(Refused, match=r"SGD of 4 parameters, has none of this model's.*model.parameters\(\)"):
+        run.preconditioner.step()
+    model = mlp()
+    with pytest.raises(ValueError, match="optimizer is a list, which has no param_groups"):
+        hk.Preconditioner(model, list(model.parameters()))
+    with pytest.raises(ValueError, match="momentum is 1.0, under which no length of a step follows from Orthogonal"):
+        hk.Preconditioner(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=1.0))
+    with pytest.warns(CurvatureWarning, match=r"Orthogonal sets .* without momentum.*\(model, optimizer\)"):
+        hk.Preconditioner(model)
+
+
+# ---- what undoes a step
+
+
+def said(train: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train()
+    return [str(entry.message) for entry in caught if issubclass(entry.category, CurvatureWarning)]
+
+
+def test_clipping_belongs_before_the_step() -> None:
+    def train(after: bool, in_place: bool = True) -> None:
+        run = Run(mlp())
+        for _ in range(3):
+            run.backward()
+            if not after:
+                nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3)
+            run.preconditioner.step()
+            if after and in_place:
+                nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3)
+            elif after:
+                for parameter in run.model.parameters():
+                    parameter.grad = parameter.grad * 0.5
+            run.optimizer.step()
+
+    assert said(lambda: train(after=False)) == []
+    for in_place in (True, False):
+        (text,) = said(lambda: train(after=True, in_place=in_place))  # noqa: B023 - called at once
+        assert "was changed between preconditioner.step() and optimizer.step()" in text and "clip_grad_norm_" in text
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_unscales_before_the_step(fused: bool) -> None:
+    def train(unscale: bool, control: Any) -> None:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+        run, scaler = Run(model, optimizer=optimizer, step_control=control), torch.amp.GradScaler("cpu")
+        for _ in range(2):
+            optimizer.zero_grad()
+            outputs = model(run.x)
+            run.preconditioner.observe(outputs, loss_scale=scaler.get_scale())
+            scaler.scale(F.cross_entropy(outputs, run.y)).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            run.preconditioner.step()
+            scaler.step(optimizer)
+            scaler.update()
+
+    assert said(lambda: train(True, hk.Orthogonal())) == []
+    with pytest.raises(Refused, match=r"scaler divides .* Orthogonal .*scaler.unscale_\(optimizer\) before"):
+        train(False, hk.Orthogonal())
+    assert said(lambda: train(False, None)) == []  # a plain curvature step is as linear as the division
+
+
+def test_optimizers_with_steps_of_their_own_are_told() -> None:
+    """By what they do: a length or direction of their own, or a second moment that they divide by."""
+
+    def train(make: Any, steps: int = 2, **settings: Any) -> list[str]:
+        def go() -> None:
+            model = mlp()
+            run = Run(model, optimizer=make(model.parameters(), lr=1e-3, **settings))
+            for _ in range(steps):
+                run.step()
+
+        return said(go)
+
+    sgd, optim = torch.optim.SGD, torch.optim
+    for settings in ({}, {"momentum": 0.9, "nesterov": True}, {"weight_decay": 0.1}, {"maximize": True}):
+        assert train(sgd, **settings) == []
+    for make in (optim.AdamW, optim.RMSprop, optim.Adagrad, optim.RAdam, optim.Adafactor):
+        (text,) = train(make)
+        assert f"optimizer {make.__name__} divides by its" in text and "use torch.optim.SGD" in text
+    (text,) = train(optim.Rprop)
+    assert "optimizer Rprop makes steps of its own: it moved 2.weight by" in text
+
+
+def test_a_removed_preconditioner_leaves_the_optimizer() -> None:
+    run = Run(mlp())
+    assert len(run.optimizer._optimizer_step_pre_hooks) == 1
+    run.preconditioner.remove()
+    assert not run.optimizer._optimizer_step_pre_hooks and not run.optimizer._optimizer_step_post_hooks
