@@ -43,6 +43,7 @@ from hpc_kfac.step_control import FixedNorm, KLClip, Orthogonal, StepControl
 from hpc_kfac.step_plan import Problem
 from hpc_kfac.step_report import LayerState, StepInputs, StepReport
 from hpc_kfac.timing import Timeline
+from hpc_kfac.written import Written
 
 PLANS = 256
 """So many plans are kept; an adaptive schedule can make a new one on every step."""
@@ -216,6 +217,7 @@ class Preconditioner:
             self.timings,
             self.notices,
         )
+        self._written = Written(layer.parameters[0] for layer in reversed(self.capture.layers.values()))
         self._attachments.claim()
         self._start_step()
 
@@ -288,10 +290,11 @@ class Preconditioner:
             RuntimeError: the step had more passes than `micro_batches`.
             Refused: the sampled or exact Fisher without `observe`.
             WeightsDiffer: the ranks' weights have drifted apart; on all ranks alike.
-            Refused: it was removed, or replaced by a later preconditioner; or the optimizer has none of the model's
+            Refused: it was removed or replaced by a later one; it comes twice for one backward pass; or the optimizer has none of the model's
                 parameters, on all ranks alike.
         """
         self._attachments.check()
+        self._written.check(self.notices, refuse=self._base.optimizer is not None)
         if self._check_weights_every and self.steps % self._check_weights_every == 0 and self._comm.size > 1:
             check_weights(dict(self._model.named_parameters()), self.trainers, self.steps)
         self._changes.look(self.steps == 0 or self._due.statistics, self._collects)
@@ -326,6 +329,7 @@ class Preconditioner:
             layers=agreed.layers,
         )
         self._watch.written(report.applied)
+        self._written.note(report.applied)
         self._count_skipped(report.applied)
         if report.statistics:
             self._collector.finish(report.applied)

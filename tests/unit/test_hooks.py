@@ -412,3 +412,38 @@ def test_a_thousand_preconditioners_leave_nothing() -> None:
         one(i % 2 == 0)
     after = counts()
     assert after[:2] == before[:2] and after[3] == before[3] and after[2] - before[2] < 100
+
+
+def test_step_twice_is_refused_and_new_gradients_are_not() -> None:
+    model = net()
+    optimizer, preconditioner = made(model)
+    F.cross_entropy(model(X), Y).backward()
+    preconditioner.step()
+    with pytest.raises(hk.Refused, match="twice"):
+        preconditioner.step()
+    optimizer.step()
+    with torch.no_grad():
+        model(X)
+    with pytest.raises(hk.Refused, match="twice"):
+        preconditioner.step()
+    gradient = model[2].weight.grad
+    assert gradient is not None
+    gradient.numpy()[:] = 1.0  # as a message would
+    assert preconditioner.step().applied
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert preconditioner.step().applied
+    F.cross_entropy(model(X), Y).backward()
+    assert preconditioner.step().applied
+    optimizer.zero_grad()
+    preconditioner.step()
+    preconditioner.step()  # no gradients at all
+
+
+def test_step_twice_without_an_optimizer_is_told() -> None:
+    model = net()
+    preconditioner = hk.Preconditioner(model, step_control=None, schedule=hk.Schedule(1, 1))
+    F.cross_entropy(model(X), Y).backward()
+    preconditioner.step()
+    with pytest.warns(hk.CurvatureWarning, match="twice"):
+        preconditioner.step()
