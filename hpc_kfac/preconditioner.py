@@ -290,8 +290,8 @@ class Preconditioner:
             RuntimeError: the step had more passes than `micro_batches`.
             Refused: the sampled or exact Fisher without `observe`.
             WeightsDiffer: the ranks' weights have drifted apart; on all ranks alike.
-            Refused: it was removed or replaced by a later one; it comes twice for one backward pass; or the optimizer has none of the model's
-                parameters, on all ranks alike.
+            Refused: it was removed or replaced by a later one; it comes twice for one backward pass; or the optimizer
+                has none of the model's parameters, on all ranks alike.
         """
         self._attachments.check()
         self._written.check(self.notices, refuse=self._base.optimizer is not None)
