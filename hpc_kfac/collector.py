@@ -19,8 +19,8 @@ from hpc_kfac.doubts import Doubts
 from hpc_kfac.fisher import OutputDistribution, Uniform
 from hpc_kfac.keyed_random import uniform
 from hpc_kfac.layers import Capture, LayerBatch, LayerShape
-from hpc_kfac.linalg.solve import is_finite
-from hpc_kfac.methods.method import Method, State
+from hpc_kfac.methods.method import Method
+from hpc_kfac.micro_batches import Merged, StepTerms, fold
 from hpc_kfac.notices import Notices, Refused
 from hpc_kfac.step_report import LayerState
 from hpc_kfac.timing import timed
@@ -97,7 +97,8 @@ class Collector:
         self._capture.clear()
         self._capture.armed = armed
         self._step = step
-        self._fresh: dict[str, tuple[State, float]] = {}
+        self._merged: dict[str, Merged] = {}
+        self._terms = StepTerms()
         self._folded: set[str] = set()
         self._observed: tuple[float | None, float | None, Tensor | None] = (None, None, None)
         self._passes: Counter[str] = Counter()  # micro-batches that went into the statistics, by layer
@@ -128,12 +129,14 @@ class Collector:
         if self._fisher == "empirical":
             reduction = terms if loss.reduction == "mean" else 1.0
             self._observed = (terms, reduction / loss_scale if terms > 0 else 0.0, mask)
+            self._terms.note(self._pass, terms)
         else:
             self._observations += 1
+            self._terms.note(self._observations, terms)
             with timed(self._timings, "statistics"):
                 self._derive(outputs, loss, terms, mask, sample_index)
             if self._observations == self._micro_batches and self._undisturbed >= UNDISTURBED:
-                for name in [name for name in reversed(tuple(self._states)) if name in self._fresh]:
+                for name in [name for name in reversed(tuple(self._states)) if name in self._merged]:
                     self._complete(name)
 
     def finish_passes(self) -> None:
@@ -171,7 +174,7 @@ class Collector:
             return
         for state in self._states.values():
             state.running.clear()
-            state.weight = 0.0
+            state.weights = LayerState().weights
             state.local = False
 
     def _next_micro_batch(self) -> None:
@@ -184,10 +187,12 @@ class Collector:
         """The gradients that these layers had so far were cleared: so is what was taken with them."""
         self._undisturbed = -math.inf
         for name in names:
-            self._fresh.pop(name, None)
+            self._merged.pop(name, None)
             self._passes.pop(name, None)
+            self._terms.discard(name)
         if not self._capture.completions:  # the step begins anew
             self._observations = self._sampled = 0
+            self._terms = StepTerms()
         late = [name for name in names if name in self._folded]
         if late:
             self._notices.once(
@@ -229,15 +234,11 @@ class Collector:
         self._ready(name)
 
     def _fold(self, name: str) -> None:
-        """Folds a layer's statistics into its running averages, which stay weighted by their loss terms."""
-        state = self._states[name]
-        fresh, count = self._fresh.pop(name, ({}, 0.0))
-        old = self._method.decay * state.weight
-        new = old + (1.0 - self._method.decay if self.folds else 1.0) * count
-        if count > 0:
-            self._method.fold(state.running, fresh, old / new)
-        state.weight = new
-        state.local = True
+        """Folds a layer's statistics into its running averages, which stay weighted by what they are means over."""
+        decay, terms = self._method.decay, self._terms.of(name, self._micro_batches - self._passes[name])
+        merged, state = self._merged.pop(name, Merged()), self._states[name]
+        share = 1.0 - decay if self.folds else 1.0
+        fold(self._method, self._shapes[name], state, merged, terms, self._ranks, decay, share)
         self._folded.add(name)
 
     def _derive(
@@ -275,23 +276,22 @@ class Collector:
 
         return draw
 
+    @property
+    def _pass(self) -> int:
+        """Number of the present micro-batch."""
+        return self._capture.micro_batch if self._fisher == "empirical" else self._observations
+
     @torch.no_grad()
     def _accumulate(self, name: str, batch: LayerBatch) -> None:
         """Statistics of one micro-batch, merged with those of the earlier ones of this step."""
         self._passes[name] += 1
+        self._terms.use(name, self._pass, max(batch.count, 0.0))
         if batch.count <= 0:
             return
         batch.ranks = self._ranks
-        fresh = self._method.statistics(batch, self._states[name].view(), self._shapes[name])
-        if not all(is_finite(tensor) for tensor in fresh.values()):
+        merged = self._merged.setdefault(name, Merged())
+        if not merged.add(self._method, batch, self._states[name], self._shapes[name]):
             self._overflown.add(name)  # as a gradient scaler meets it now and then
-            return
-        if name in self._fresh:
-            merged, count = self._fresh[name]
-            self._method.fold(merged, fresh, count / (count + batch.count))
-            self._fresh[name] = (merged, count + batch.count)
-        else:
-            self._fresh[name] = (fresh, batch.count)
 
 
 def _aligned(mask: Tensor, seeds: Tensor, outputs: Tensor) -> Tensor:

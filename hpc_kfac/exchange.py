@@ -13,7 +13,9 @@ from hpc_kfac.distributed.communicator import Work
 from hpc_kfac.distributed.groups import Groups
 from hpc_kfac.distributed.layout import Message, Slot
 from hpc_kfac.layers import CapturedLayer
+from hpc_kfac.methods.method import StateSpec
 from hpc_kfac.operations import SOLVED, WEIGHT, Operation
+from hpc_kfac.running_weight import Weight, total
 from hpc_kfac.step_plan import Problem
 from hpc_kfac.step_report import LayerState
 
@@ -48,7 +50,7 @@ class Exchange:
         self._pool, self._device = pool, device
         self._rank = groups.everyone.rank
         self._sums: dict[tuple[str, str], Tensor] = {}  # diagonals over all ranks, until the triangles follow
-        self._totals: dict[str, float] = {}
+        self._scales: dict[tuple[str, str], tuple[float, float]] = {}  # their weight on this rank and over all
         self.renewed: dict[tuple[str, str], int] = {}
         self.post: dict[str, Callable[[Operation], tuple[list[Work], Finish]]] = {
             "reduce": self._reduce,
@@ -71,18 +73,20 @@ class Exchange:
         works = [comm.allreduce(part, "reduce", operation.about) for part, _ in message.segments()]
 
         def finish() -> None:
-            totals = _totals(message, message.slots)
+            sums = _sums(message, message.slots)
             for slot in message:
-                if slot.name == WEIGHT + "refresh":
-                    self._states[slot.layer].local = False
-                total = totals.get(self._weight(slot), 0.0)
-                if total == 0:
+                if slot.name.startswith(WEIGHT):
                     continue
-                if slot.diagonal:
+                divisor = self._divisor(slot, sums)
+                if divisor > 0 and slot.diagonal:
                     self._sums[slot.layer, slot.name] = message.view(slot).clone()
-                    self._totals[slot.layer] = total
-                else:
-                    self._take(message, slot, total)
+                    self._scales[slot.layer, slot.name] = self._own_weight(slot), divisor
+                elif divisor > 0:
+                    self._take(message, slot, divisor)
+            for (layer, weight), numbers in sums.items():
+                self._states[layer].weights[weight.removeprefix(WEIGHT)].settle(numbers[3] > 0)
+                if weight == WEIGHT + "refresh":
+                    self._states[layer].local = False
             message.release()
 
         return works, finish
@@ -99,18 +103,18 @@ class Exchange:
         keeps_own = self._problem.assignment.helpers > 0  # trainers go on averaging, helpers only solve
 
         def finish() -> None:
-            totals = _totals(message, [slot for slot in message if slot.owner == self._rank])
+            sums = _sums(message, [slot for slot in message if slot.owner == self._rank])
             for slot in message:
                 state = self._states[slot.layer]
-                if slot.owner == self._rank:
-                    total = totals.get(self._weight(slot), 0.0)
-                    if total > 0:
-                        self._take(message, slot, total)
-                        state.weight = 0.0 if keeps_own else total
+                state.local &= keeps_own
+                if slot.name.startswith(WEIGHT):
+                    self._hand_over(state, slot, sums.get((slot.layer, slot.name)), keeps_own)
+                elif slot.owner == self._rank:
+                    divisor = self._divisor(slot, sums)
+                    if divisor > 0:
+                        self._take(message, slot, divisor)
                 elif not keeps_own:
                     state.running.pop(slot.name, None)
-                    state.weight = 0.0
-                state.local &= keeps_own
             message.release()
 
         return works, finish
@@ -122,12 +126,13 @@ class Exchange:
         levels = _levels(operation.slots[0].dtype, comm.size)
         for slot in message:
             state, sums = self._states[slot.layer], self._sums.get((slot.layer, slot.name))
-            if sums is None or slot.name not in state.running or state.weight == 0:
+            weight, _ = self._scales.get((slot.layer, slot.name), (0.0, 1.0))
+            if sums is None or slot.name not in state.running or weight == 0:
                 message.put(slot, None)
                 continue
             inverse = torch.where(sums > 0, sums.rsqrt(), torch.zeros_like(sums))
             scaled = state.running[slot.name] * (inverse.unsqueeze(-1) * inverse.unsqueeze(-2))
-            scaled *= state.weight * levels
+            scaled *= weight * levels
             message.put(slot, scaled.round_() if levels > 1 else scaled)
         works = [comm.allreduce(part, "scaled", operation.about) for part, _ in message.segments()]
 
@@ -141,7 +146,8 @@ class Exchange:
                     noise = 2.0 * math.sqrt(comm.size / 12.0 * slot.shape[-1]) / levels if levels > 1 else 0.0
                     matrix.diagonal(dim1=-2, dim2=-1).fill_(1.0 + noise)
                     root = sums.sqrt()
-                    matrix *= root.unsqueeze(-1) * root.unsqueeze(-2) / self._totals[slot.layer]
+                    _, divisor = self._scales.pop((slot.layer, slot.name))
+                    matrix *= root.unsqueeze(-1) * root.unsqueeze(-2) / divisor
                     self._states[slot.layer].keep("running", slot.name, matrix.to(self._problem.precision.factors))
             message.release()
 
@@ -150,20 +156,39 @@ class Exchange:
     def _fill(self, operation: Operation) -> Message:
         """Weighted running averages. A rank that has never used a layer adds zeros of weight 0."""
         message = Message(operation.slots, self._pool, self._device)
-        missing = {self._weight(slot) for slot in message if slot.name not in self._states[slot.layer].running}
+        missing = {
+            (slot.layer, self._spec(slot).reduce_at)
+            for slot in message
+            if not slot.name.startswith(WEIGHT) and slot.name not in self._states[slot.layer].running
+        }
         for slot in message:
             state = self._states[slot.layer]
             if slot.name.startswith(WEIGHT):
-                message.view(slot).fill_(0.0 if (slot.layer, slot.name) in missing else state.weight)
+                at = slot.name.removeprefix(WEIGHT)
+                numbers = state.weights[at].numbers((slot.layer, at) not in missing)
+                message.view(slot).copy_(torch.tensor(numbers, dtype=slot.dtype))
             else:
-                weight = 0.0 if self._weight(slot) in missing else state.weight
+                weight = 0.0 if (slot.layer, self._spec(slot).reduce_at) in missing else self._own_weight(slot)
                 message.put(slot, state.running[slot.name] if weight > 0 else None, weight)
         return message
 
-    def _weight(self, slot: Slot) -> tuple[str, str]:
-        """Layer and name of the slot that weighs a slot."""
-        spec = self._problem.spec.get((slot.layer, slot.name))
-        return slot.layer, WEIGHT + spec.reduce_at if spec is not None else ""
+    def _spec(self, slot: Slot) -> StateSpec:
+        return self._problem.spec[slot.layer, slot.name]
+
+    def _own_weight(self, slot: Slot) -> float:
+        spec = self._spec(slot)
+        return self._states[slot.layer].weights[spec.reduce_at].of(spec.over)
+
+    def _divisor(self, slot: Slot, sums: Mapping[tuple[str, str], Sequence[float]]) -> float:
+        """What the sum of a slot over ranks is divided by; 0 if no rank has the tensor."""
+        spec = self._spec(slot)
+        return total(sums[slot.layer, WEIGHT + spec.reduce_at], spec.over)
+
+    def _hand_over(self, state: LayerState, slot: Slot, numbers: Sequence[float] | None, keeps_own: bool) -> None:
+        """What the running averages stand for once they are their owner's alone."""
+        if not keeps_own:
+            weight = Weight() if numbers is None else Weight(total(numbers, "uses"), total(numbers, "terms"))
+            state.weights[slot.name.removeprefix(WEIGHT)] = weight
 
     def _take(self, message: Message, slot: Slot, total: float) -> None:
         message.view(slot).div_(total)
@@ -182,6 +207,7 @@ class Exchange:
         own = state.running.get(slot.name)
         if own is None:
             own = torch.zeros(slot.shape, dtype=slot.dtype, device=self._device)
+        own = own.to(self._device, slot.dtype)
         parts, work = self._groups.of(operation.ranks).allgather(own.contiguous(), "gather", operation.about)
 
         def finish() -> None:
@@ -247,9 +273,10 @@ class Exchange:
         return [work], finish
 
 
-def _totals(message: Message, slots: Sequence[Slot]) -> dict[tuple[str, str], float]:
+def _sums(message: Message, slots: Sequence[Slot]) -> dict[tuple[str, str], list[float]]:
+    """The numbers that weigh, summed over ranks."""
     weights = [slot for slot in slots if slot.name.startswith(WEIGHT)]
-    values = torch.cat([message.view(slot) for slot in weights]).tolist() if weights else []
+    values = torch.stack([message.view(slot) for slot in weights]).tolist() if weights else []
     return {(slot.layer, slot.name): value for slot, value in zip(weights, values, strict=True)}
 
 

@@ -6,7 +6,7 @@ the ranks' differ, and decompositions that are not in use yet. From all shares a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from hpc_kfac.distributed import Communicator, Unit
 from hpc_kfac.linalg.packing import Symmetric
 from hpc_kfac.methods.method import State, StateSpec
+from hpc_kfac.running_weight import NUMBERS, Weight, divisors, total
 from hpc_kfac.step_plan import Problem
 from hpc_kfac.step_report import LayerState
 
@@ -30,6 +31,7 @@ def save(states: Mapping[str, LayerState]) -> dict[str, Any]:
     return {
         name: {
             "weight": state.weight,
+            "weights": {at: weight.saved() for at, weight in state.weights.items()},
             "local": state.local,
             "refreshed": dict(state.refreshed),
             "running": dict(state.running),
@@ -56,7 +58,7 @@ def restore(saved: Mapping[str, Any], problem: Problem, device: torch.device) ->
         name: LayerState(
             running=_own(layer["running"], device),
             solved=_own(layer["solved"], device),
-            weight=float(layer["weight"]),
+            weights=_weights(float(layer["weight"]), layer.get("weights")),
             refreshed={part: int(step) for part, step in layer["refreshed"].items()},
             remembered=_own(layer["remembered"], device),
             momentum=_own(layer.get("momentum", {}), device),  # states of version 0.1 have none
@@ -79,16 +81,18 @@ def own_pending(pending: Pending, device: torch.device) -> dict[Unit, tuple[int,
 def common(states: Mapping[str, LayerState], problem: Problem, trainers: Communicator) -> dict[str, Any]:
     """What is needed to put shares together. Collective."""
     assignment = problem.assignment
-    weights = torch.tensor([state.weight for state in states.values()], dtype=torch.float64)
+    sums = _table(states, problem, lambda weight: weight.numbers(True))
     if trainers.size > 1:
-        trainers.allreduce(weights, "checkpoint", "weights of running averages").wait()
+        trainers.allreduce(sums, "checkpoint", "weights of running averages").wait()
+    terms = sums[:, 0, 1]  # of the first reduction that the method has
     return {
         "method": type(problem.method).__name__,
         "ranks": assignment.ranks,
         "helpers": assignment.helpers,
         "factors": assignment.factors,
         "owner": dict(assignment.owner),
-        "weights": dict(zip(states, weights.tolist(), strict=True)),
+        "weights": dict(zip(sorted(states), terms.tolist(), strict=True)),
+        "sums": divisors(sums),
     }
 
 
@@ -103,7 +107,7 @@ def share(states: Mapping[str, LayerState], pending: Pending, problem: Problem, 
         waiting[str(number)] = {
             "layer": layer, "part": part, "step": step, "failed": result is None, "result": found,
         }  # fmt: skip
-    return {"layers": layers, "pending": waiting}
+    return {"layers": layers, "weights": _table(states, problem, Weight.saved), "pending": waiting}
 
 
 def _layer_share(name: str, state: LayerState, problem: Problem, rank: int) -> dict[str, Any]:
@@ -138,6 +142,7 @@ class Shares:
         factors: where averaged factors were, as in `Kaisa`.
         owner: layer -> rank that owned it.
         weights: layer -> sum over ranks of the loss terms that the running averages stand for.
+        sums: uses and terms over all ranks [layers by name, when reduced, 2]; None in sets of version 0.1.
         waiting: some decomposition may have been under way.
         of: the share of a rank, read when it is asked for.
     """
@@ -147,6 +152,7 @@ class Shares:
     factors: str
     owner: Mapping[str, int]
     weights: Mapping[str, float]
+    sums: Tensor | None
     waiting: bool
     of: Callable[[int], Mapping[str, Any]]
 
@@ -160,8 +166,16 @@ class Shares:
         method = type(problem.method).__name__
         if saved["method"] != method:
             raise ValueError(f"the method was {saved['method']} when this was saved, and now is {method}; use that")
+        saved = {"sums": None, **saved}
         names = [entry.name for entry in fields(Shares) if entry.name != "of"]
         return Shares(**{name: saved[name] for name in names}, of=of)
+
+    def weights_of(self, rank: int, name: str, problem: Problem) -> dict[str, Weight]:
+        """What a rank's running averages of a layer stood for."""
+        share = self.of(rank)
+        table = share.get("weights")
+        numbers = None if table is None else _row(name, problem, table)
+        return _weights(share["layers"][name]["weight"], numbers)
 
     @property
     def trainers(self) -> range:
@@ -193,9 +207,9 @@ def _take_layer(name: str, shares: Shares, problem: Problem, rank: int, device: 
     owned = shares.of(shares.owner[name])["layers"][name]
     own = shares.of(rank)["layers"][name] if shares.fits(problem) else None
     owns = problem.assignment.owner[name] == rank
-    state = LayerState(weight=_weight(name, shares, problem, owns))
+    state = LayerState(weights=_shared_weights(name, shares, problem, owns))
     if own is not None and shares.owner[name] == problem.assignment.owner[name]:
-        state.weight = own["weight"]
+        state.weights = shares.weights_of(rank, name, problem)
     if own is not None:
         state.local = own["local"]
     solved, running = {}, {}
@@ -204,7 +218,7 @@ def _take_layer(name: str, shares: Shares, problem: Problem, rank: int, device: 
         if spec.name in owned["solved"] and (here or spec.reduce == "gather"):
             solved[spec.name] = owned["solved"][spec.name]
         if spec.role == "running" and here:
-            found = _running(name, spec, shares, own)
+            found = _running(name, spec, shares, own, problem)
             if found is not None:
                 running[spec.name] = found
     for role, tensors in (("running", running), ("solved", solved)):
@@ -220,7 +234,9 @@ def _take_layer(name: str, shares: Shares, problem: Problem, rank: int, device: 
     return state
 
 
-def _running(name: str, spec: StateSpec, shares: Shares, own: Mapping[str, Any] | None) -> Tensor | None:
+def _running(
+    name: str, spec: StateSpec, shares: Shares, own: Mapping[str, Any] | None, problem: Problem
+) -> Tensor | None:
     if own is not None and spec.name in own["running"]:
         return own["running"][spec.name]
     owned = shares.of(shares.owner[name])["layers"][name]
@@ -230,21 +246,63 @@ def _running(name: str, spec: StateSpec, shares: Shares, own: Mapping[str, Any] 
     if not (averaged and owned["local"] and shares.factors == "all"):
         return owned["running"].get(spec.name)
     parts = [shares.of(rank)["layers"][name] for rank in shares.trainers]
-    weighted = [(p["weight"], p["running"][spec.name]) for p in parts if spec.name in p["running"]]
-    total = sum(weight for weight, _ in weighted)
-    if total == 0:
+    weights = [shares.weights_of(rank, name, problem)[spec.reduce_at] for rank in shares.trainers]
+    there = [spec.name in part["running"] for part in parts]
+    numbers = [weight.numbers(here) for weight, here in zip(weights, there, strict=True)]
+    divisor = total([sum(column) for column in zip(*numbers, strict=True)], spec.over)
+    if divisor == 0:
         return owned["running"].get(spec.name)
-    return sum((weight / total) * tensor for weight, tensor in weighted)
+    return sum(
+        (weight.of(spec.over) / divisor) * part["running"][spec.name]
+        for weight, part, here in zip(weights, parts, there, strict=True)
+        if here
+    )
 
 
-def _weight(name: str, shares: Shares, problem: Problem, owns: bool) -> float:
-    """The loss terms that this rank's running averages stand for, when the ranks or the factors' home have changed."""
-    total = shares.weights[name] * (len(shares.trainers) if shares.factors == "local" else 1)
-    if problem.assignment.factors == "all":
-        return total / problem.assignment.trainers
-    if not owns:
-        return 0.0
-    return total if problem.assignment.factors == "owner" else total / problem.assignment.trainers
+def _shared_weights(name: str, shares: Shares, problem: Problem, owns: bool) -> dict[str, Weight]:
+    """What this rank's running averages stand for, when the ranks or the factors' home have changed."""
+    factors = problem.assignment.factors
+    factor = float(len(shares.trainers) if shares.factors == "local" else 1)
+    weights = {}
+    for at in LayerState().weights:
+        everywhere = factors == "all" or (factors == "owner" and at == "statistics")
+        if not (everywhere or owns):
+            weights[at] = Weight()
+            continue
+        alone = factors == "owner" and not everywhere
+        part = factor / (1 if alone else problem.assignment.trainers)
+        sums = {} if shares.sums is None else _row(name, problem, shares.sums)
+        if at in sums:
+            uses, terms = sums[at]
+            weights[at] = Weight(uses * part, terms * part)
+        else:
+            weights[at] = Weight(None, shares.weights[name] * part)
+    return weights
+
+
+def _weights(terms: float, saved: Mapping[str, Sequence[float]] | None) -> dict[str, Weight]:
+    """Version 0.1 only told loss terms."""
+    if saved is None:
+        saved = {}
+    unknown = {at: Weight(None, terms) for at in LayerState().weights}
+    return unknown | {at: Weight.restored(numbers) for at, numbers in saved.items()}
+
+
+def _reductions(problem: Problem) -> list[str]:
+    """When the method's running averages are reduced: "refresh", "statistics" or both."""
+    return sorted({spec.reduce_at for spec in problem.spec.values() if spec.role == "running"})
+
+
+def _table(states: Mapping[str, LayerState], problem: Problem, numbers: Callable[[Weight], list[float]]) -> Tensor:
+    """Numbers of all weights [layers by name, when reduced, numbers]: one small tensor in place of many."""
+    when = _reductions(problem)
+    rows = [[numbers(states[name].weights[at]) for at in when] for name in sorted(states)]
+    return torch.tensor(rows, dtype=torch.float64).view(len(states), len(when), NUMBERS)
+
+
+def _row(name: str, problem: Problem, table: Tensor) -> dict[str, list[float]]:
+    """When reduced -> numbers of a layer."""
+    return dict(zip(_reductions(problem), table[sorted(problem.shapes).index(name)].tolist(), strict=True))
 
 
 def take_pending(shares: Shares, problem: Problem, rank: int, device: torch.device) -> dict[Unit, Any]:

@@ -19,6 +19,7 @@ from hpc_kfac.layers.batch import LayerShape
 from hpc_kfac.methods.method import Cost, Method, StateSpec
 from hpc_kfac.operations import SOLVED, UPDATE, WEIGHT, Due, Kind, Operation, buckets, message
 from hpc_kfac.precision import Precision
+from hpc_kfac.running_weight import NUMBERS
 from hpc_kfac.step_report import LayerState
 
 
@@ -204,7 +205,7 @@ class Problem:
             dtype = payload if spec.symmetric and not diagonal else wire
             slots.append(Slot(layer, spec.name, spec.shape, dtype, spec.symmetric and not diagonal, diagonal, target))
         weights = dict.fromkeys(WEIGHT + spec.reduce_at for spec in specs)
-        return [*slots, *(Slot(layer, weight, (1,), wire, owner=target) for weight in weights)]
+        return [*slots, *(Slot(layer, weight, (NUMBERS,), wire, owner=target) for weight in weights)]
 
     def _triangle(self, slot: Slot) -> Slot:
         """What follows a diagonal that was sent ahead."""

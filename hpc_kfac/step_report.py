@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hpc_kfac.methods.method import State
+from hpc_kfac.running_weight import Weight
 from hpc_kfac.step_control import FixedNorm
 
 
@@ -89,7 +90,8 @@ class LayerState:
     Attributes:
         running: running averages; local between two reductions.
         solved: what refreshes and gathers produced.
-        weight: loss terms that this rank's share of the running averages stands for.
+        weights: what this rank's share of the running averages stands for: of those that are reduced before a refresh,
+            and of those that are with every statistics step.
         refreshed: by part, the step in which the decomposition in use began.
         remembered: what an adaptive schedule compares the next factors with.
         momentum: the "average" [p, o, a] of gradients, where the step control keeps one, and how "alive" [1] it is.
@@ -98,11 +100,16 @@ class LayerState:
 
     running: State = field(default_factory=dict)
     solved: State = field(default_factory=dict)
-    weight: float = 0.0
+    weights: dict[str, Weight] = field(default_factory=lambda: {"refresh": Weight(), "statistics": Weight()})
     refreshed: dict[str, int] = field(default_factory=dict)
     remembered: State = field(default_factory=dict)
     momentum: State = field(default_factory=dict)
     local: bool = False
+
+    @property
+    def weight(self) -> float:
+        """Loss terms that this rank's share of the running averages stands for."""
+        return self.weights["refresh"].terms
 
     def view(self) -> State:
         """What a method sees: gathered tensors hide this rank's own part."""

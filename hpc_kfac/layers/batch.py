@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class LayerShape:
         output_structure: the densest structure that makes sense for G.
         kernel: kernel positions of a convolution; 1 otherwise.
         bias: whether the last column is a bias.
+        gradient_rows: whether the rows x are the samples' gradients and the rows g ones, as in norm layers: the sums
+            over x are then divided by the loss terms.
     """
 
     blocks: int
@@ -32,6 +35,17 @@ class LayerShape:
     output_structure: Structure = field(default_factory=Dense)
     kernel: int = 1
     bias: bool = False
+    gradient_rows: bool = False
+
+    @property
+    def input_over(self) -> Literal["uses", "terms"]:
+        """What means of x are means over, as in `StateSpec.over`."""
+        return "terms" if self.gradient_rows else "uses"
+
+    @property
+    def output_over(self) -> Literal["uses", "terms"]:
+        """What means of g are means over."""
+        return "uses" if self.gradient_rows else "terms"
 
     @property
     def parameters(self) -> int:
@@ -86,7 +100,8 @@ class Reading:
     Attributes:
         scale: what the stored gradients are multiplied with to become gradients of the sum of the loss terms.
         draws: whether the gradients have a leading axis of draws (exact Fisher).
-        mask: True at the positions that count; applied where its shape equals a layer's leading dimensions.
+        mask: True at the positions that count, or at the samples; applied where a layer's leading dimensions begin with
+            its shape.
         reduce: weight sharing as ``reduce`` instead of ``expand`` (Eschenhagen et al. 2023).
         dtype: the dtype of the statistics.
         rows: the dtype of the rows that are multiplied into moments; None for the same.
@@ -100,6 +115,13 @@ class Reading:
     rows: torch.dtype | None = None
 
 
+def kept_positions(mask: Tensor | None, leading: Sequence[int]) -> Tensor | None:
+    """The mask at all positions of a layer with these leading dimensions; None where it does not apply."""
+    if mask is None or mask.dim() == 0 or mask.shape != tuple(leading)[: mask.dim()]:
+        return None
+    return mask.view(*mask.shape, *[1] * (len(leading) - mask.dim())).expand(*leading)
+
+
 class LayerBatch(Protocol):
     """Statistics of one layer over one batch on this rank.
 
@@ -108,12 +130,16 @@ class LayerBatch(Protocol):
     are several g (draws) for each position; sums over g then run over the draws too.
 
     Attributes:
-        count: M, the number of loss terms on this rank.
+        count: M, the number of loss terms on this rank, of samples that used the layer or not.
+        uses: how many rows x are averaged over: positions that count, or samples that have any.
         ranks: how many ranks take statistics of the layer.
     """
 
     count: float
     ranks: int
+
+    @property
+    def uses(self) -> float: ...
 
     def input_moment(self, structure: Structure) -> Tensor:
         """A, the mean of x x^T over positions, in the given structure."""
@@ -165,6 +191,10 @@ class LayerBatch(Protocol):
 
     def rows(self, limit: int) -> tuple[Tensor, Tensor]:
         """X [p, n, a] and R [p, n, o] of n <= limit evenly spaced samples: x averaged over positions, g summed."""
+        ...
+
+    def available(self, positions: bool) -> int:
+        """How many samples, or positions, times draws there are to choose rows from."""
         ...
 
     def sample_gradients(self, limit: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hpc_kfac.layers.batch import LayerShape, Reading, Use
+from hpc_kfac.layers.batch import LayerShape, Reading, Use, kept_positions
 from hpc_kfac.layers.layer import CapturedLayer
 from hpc_kfac.layers.positions import quadratic_form, refuse_draws, spread, weighted_gram
 from hpc_kfac.linalg.structure import Diagonal, Structure
@@ -34,8 +34,8 @@ class EmbeddingBatch:
                 self.samples += token.shape[0]
             gradient = use.gradient if reading.draws else use.gradient.unsqueeze(0)
             keep = torch.ones_like(token, dtype=torch.bool) if padding is None else token != padding
-            if reading.mask is not None and reading.mask.shape == token.shape:
-                keep = keep & reading.mask
+            masked = kept_positions(reading.mask, token.shape)
+            keep = keep if masked is None else keep & masked
             sample = torch.arange(token.shape[0], device=token.device) + first_sample[group]
             sample = sample.view(-1, *[1] * (token.dim() - 1)).expand_as(token)
             keep = keep.flatten().nonzero().squeeze(1)
@@ -43,7 +43,17 @@ class EmbeddingBatch:
             owners.append(sample.flatten()[keep])
             gradients.append(gradient.reshape(gradient.shape[0], -1, shape.outputs)[:, keep].to(reading.dtype))
         self.token, self.sample, self.g = torch.cat(tokens), torch.cat(owners), torch.cat(gradients, dim=1)
-        self.lengths = torch.bincount(self.sample, minlength=self.samples)
+        lengths = torch.bincount(self.sample, minlength=self.samples)
+        if self.samples and len(self.token):  # samples of which no position counts are none
+            self.sample = (lengths > 0).cumsum(0)[self.sample] - 1
+            lengths = lengths[lengths > 0]
+            self.samples = len(lengths)
+        self.lengths = lengths
+
+    @property
+    def uses(self) -> float:
+        """As in ``LayerBatch``."""
+        return float((self.lengths > 0).sum()) if self.reading.reduce else float(len(self.token))
 
     def input_moment(self, structure: Structure) -> Tensor:
         if not isinstance(structure, Diagonal):
@@ -123,6 +133,10 @@ class EmbeddingBatch:
         x = x.view(len(chosen), -1) / self.lengths[chosen].clamp(min=1)[:, None]
         factor = self.reading.scale * (self.samples * draws / self.count) ** 0.5
         return x[row].unsqueeze(0), self._sample_gradients()[draw, sample].unsqueeze(0) * factor
+
+    def available(self, positions: bool) -> int:
+        """As ``LayerBatch.available``."""
+        return self.g.shape[0] * (len(self.token) if positions and not self.reading.reduce else self.samples)
 
     def sample_gradients(self, limit: int) -> Tensor:
         """As ``LayerBatch.sample_gradients``: a column for each token."""

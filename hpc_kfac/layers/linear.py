@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from hpc_kfac.layers.batch import LayerShape, Reading, Use
+from hpc_kfac.layers.batch import LayerShape, Reading, Use, kept_positions
 from hpc_kfac.layers.layer import CapturedLayer
 from hpc_kfac.layers.positions import Part, PositionBatch
 
@@ -15,7 +15,7 @@ class LinearBatch(PositionBatch):
     """x [N, T, a] and g [K, N, T, o]; the first leading dimension is the sample, the others are positions."""
 
     def part(self, x: Tensor, g: Tensor, mask: Tensor | None) -> Part:
-        keep = mask if mask is not None and mask.shape == x.shape[:-1] else None
+        keep = kept_positions(mask, x.shape[:-1])
         if x.dim() == 1:
             x, g = x.unsqueeze(0), g.unsqueeze(1)
         samples = x.shape[0]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_kfac.layers.batch import LayerShape, Reading, Use
+from hpc_kfac.layers.batch import LayerShape, Reading, Use, kept_positions
 from hpc_kfac.layers.layer import CapturedLayer
 from hpc_kfac.layers.positions import refuse_draws, spread
 from hpc_kfac.linalg.structure import Identity, Structure
@@ -31,13 +31,13 @@ class NormBatch:
 
     def __init__(self, layer: NormLayer, uses: Sequence[Use], count: float, reading: Reading) -> None:
         self.shape, self.count, self.reading = layer.shape, count, reading
-        self.layer, self.uses = layer, uses
+        self.layer, self._uses = layer, uses
 
     @cached_property
     def _gradients(self) -> Tensor:
         """Per-sample gradients of the sum of the loss terms [draws, samples, p, a]."""
         groups: dict[tuple[int, int], Tensor] = {}
-        for use in self.uses:
+        for use in self._uses:
             row = self.layer.sample_gradients(use, self.reading)
             group = (use.micro_batch, row.shape[1])
             groups[group] = groups[group] + row if group in groups else row
@@ -46,6 +46,11 @@ class NormBatch:
     @cached_property
     def _rows(self) -> Tensor:
         return self._gradients.flatten(0, 1).transpose(0, 1).contiguous()
+
+    @property
+    def uses(self) -> float:
+        """As in ``LayerBatch``; only ones are averaged over them."""
+        return self.count
 
     def input_moment(self, structure: Structure) -> Tensor:
         return structure.gram(self._rows).to(self._rows.dtype) / self.count
@@ -88,6 +93,10 @@ class NormBatch:
         r = x.new_full((self.shape.blocks, len(sample), 1), (samples * draws / self.count) ** 0.5)
         return x, r
 
+    def available(self, positions: bool) -> int:
+        """As ``LayerBatch.available``."""
+        return self._gradients.shape[0] * self._gradients.shape[1]
+
     def sample_gradients(self, limit: int) -> Tensor:
         """As ``LayerBatch.sample_gradients``."""
         x, r = self.rows(limit)
@@ -103,7 +112,8 @@ class NormLayer(CapturedLayer):
 
     def _shape(self) -> LayerShape:
         channels = self.parameters[0].numel()
-        return LayerShape(channels, 1 + self.has_bias, 1, output_structure=Identity(), bias=self.has_bias)
+        structure, bias = Identity(), self.has_bias
+        return LayerShape(channels, 1 + bias, 1, output_structure=structure, bias=bias, gradient_rows=True)
 
     def batch(self, uses: Sequence[Use], count: float, reading: Reading = Reading()) -> NormBatch:  # noqa: B008
         return NormBatch(self, uses, count, reading)
@@ -218,8 +228,9 @@ class LayerNormLayer(NormLayer):
         xhat = self.positions(self.normalised(use.inputs.to(reading.dtype), use), 0)
         g = self.positions(g, 1)
         leading = use.inputs.shape[: use.inputs.dim() - len(self.module.normalized_shape)]
-        if reading.mask is not None and reading.mask.shape == leading:
-            g = g * reading.mask.reshape(xhat.shape[0], -1, 1)
+        keep = kept_positions(reading.mask, leading)
+        if keep is not None:
+            g = g * keep.reshape(xhat.shape[0], -1, 1)
         return self._stack((g * xhat).sum(2), g.sum(2))
 
     def normalised(self, x: Tensor, use: Use) -> Tensor:

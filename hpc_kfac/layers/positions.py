@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 import torch.nn.functional as F
@@ -79,11 +79,17 @@ class PositionBatch(ABC):
     def gradients(self, part: Part, which: slice | Tensor) -> Tensor:
         """Unscaled gradient rows of some samples [p, K, n, T, o] in the statistics dtype, zeros where masked."""
 
+    @cached_property
+    def uses(self) -> float:
+        """As in ``LayerBatch``."""
+        if self.reduce:
+            return float(sum(int((_kept(group) > 0).sum()) for group in self.groups))
+        return float(sum(part.all_kept() for part in self._parts()))
+
     def input_moment(self, structure: Structure) -> Tensor:
         if self.reduce:
             rows = torch.cat([self._sample_inputs(group, slice(None)) for group in self.groups], dim=1)
-            samples = sum(int((_kept(group) > 0).sum()) for group in self.groups)
-            return self.gram(rows, structure) / max(samples, 1)
+            return self.gram(rows, structure) / max(self.uses, 1.0)
         total: Tensor | float = 0.0
         for part in self._parts():
             total = total + self.input_gram(part, structure)
@@ -208,12 +214,12 @@ class PositionBatch(ABC):
         draws: nothing changes where there is one loss term a sample and one draw.
         """
         draws = self.groups[0][0].g.shape[0]
-        sizes = [group[0].samples for group in self.groups]
+        sizes = [len(samples) for samples in self._samples]
         sample, draw = spread(limit, sum(sizes), draws, self.groups[0][0].x.device)
         xs, gs, start = [], [], 0
-        for group, size in zip(self.groups, sizes, strict=True):
+        for group, samples, size in zip(self.groups, self._samples, sizes, strict=True):
             chosen = (sample >= start) & (sample < start + size)
-            which = sample[chosen] - start
+            which = samples[sample[chosen] - start]
             xs.append(self._sample_inputs(group, which))
             gradients = self._sample_gradients(group, which)
             gs.append(gradients[:, draw[chosen], torch.arange(len(which), device=which.device)])
@@ -221,17 +227,41 @@ class PositionBatch(ABC):
         factor = self.scale * (sum(sizes) * draws / self.count) ** 0.5
         return torch.cat(xs, dim=1), torch.cat(gs, dim=1) * factor
 
+    def available(self, positions: bool) -> int:
+        """As ``LayerBatch.available``."""
+        draws = self.groups[0][0].g.shape[0]
+        if positions and not self.reduce:
+            return draws * sum(len(places) for places in self._places)
+        return draws * sum(len(samples) for samples in self._samples)
+
+    @cached_property
+    def _samples(self) -> list[Tensor]:
+        """Of each group the samples that count; all if none does."""
+
+        def masked(group: list[Part]) -> bool:
+            return any(part.keep is not None for part in group)
+
+        return [
+            _counting(group[0].samples, _kept(group) > 0 if masked(group) else None, group[0].x.device)
+            for group in self.groups
+        ]
+
+    @cached_property
+    def _places(self) -> list[Tensor]:
+        """Of each use the places, sample * positions + position, that count."""
+        return [_counting(part.samples * part.positions, part.keep, part.x.device) for part in self._parts()]
+
     def sample_gradients(self, limit: int) -> Tensor:
         """As ``LayerBatch.sample_gradients``: sums over positions, exact where weights are shared."""
         if self.reduce:
             x, r = self.rows(limit)
             return r.unsqueeze(3) * x.unsqueeze(2)
-        draws, sizes = self.groups[0][0].g.shape[0], [group[0].samples for group in self.groups]
+        draws, sizes = self.groups[0][0].g.shape[0], [len(samples) for samples in self._samples]
         sample, draw = spread(limit, sum(sizes), draws, self.groups[0][0].x.device)
         found, start = [], 0
-        for group, size in zip(self.groups, sizes, strict=True):
+        for group, samples, size in zip(self.groups, self._samples, sizes, strict=True):
             chosen = (sample >= start) & (sample < start + size)
-            which, row = sample[chosen] - start, torch.arange(int(chosen.sum()), device=sample.device)
+            which, row = samples[sample[chosen] - start], torch.arange(int(chosen.sum()), device=sample.device)
             terms = [self.gradients(part, which)[:, draw[chosen], row].mT @ self.inputs(part, which) for part in group]
             found.append(torch.stack(terms).sum(0))
             start += size
@@ -242,12 +272,12 @@ class PositionBatch(ABC):
         if self.reduce:
             return self.rows(limit)
         parts = self._parts()
-        draws, sizes = parts[0].g.shape[0], [part.samples * part.positions for part in parts]
+        draws, sizes = parts[0].g.shape[0], [len(places) for places in self._places]
         place, draw = spread(limit, sum(sizes), draws, parts[0].x.device)
         xs, gs, start = [], [], 0
-        for part, size in zip(parts, sizes, strict=True):
+        for part, places, size in zip(parts, self._places, sizes, strict=True):
             chosen = (place >= start) & (place < start + size)
-            which = place[chosen] - start
+            which = places[place[chosen] - start]
             sample, position = which // max(part.positions, 1), which % max(part.positions, 1)
             row = torch.arange(len(which), device=which.device)
             xs.append(self.inputs(part, sample)[:, row, position])
@@ -318,3 +348,9 @@ def refuse_draws(draws: bool) -> None:
 
 def _kept(group: list[Part]) -> Tensor:
     return torch.stack([part.kept() for part in group]).sum(0)
+
+
+def _counting(number: int, keep: Tensor | None, device: torch.device) -> Tensor:
+    """Indices of what counts; of all where nothing does."""
+    kept = None if keep is None else keep.flatten().nonzero().squeeze(1)
+    return torch.arange(number, device=device) if kept is None or not len(kept) else kept

@@ -11,7 +11,7 @@ from torch import Tensor
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.factored import EIGH
 from hpc_kfac.methods.kronecker import Kronecker, eigenvalue_grid
-from hpc_kfac.methods.method import Cost, State, StateSpec
+from hpc_kfac.methods.method import Cost, State, StateSpec, Terms
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -63,14 +63,22 @@ class EKFAC(Kronecker):
         return (*self.factor_specs(shape), second_moment, *self.basis_specs(shape, lives="all"))
 
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
+        return self.complete(self.collect(batch, state, shape), Terms.of(batch), state, shape)
+
+    def collect(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
         fresh = super().statistics(batch, state, shape)
         if "second_moment" in state or not self.sides(shape):  # without factors there is no basis to wait for
             if self.moments_of == "batch":
-                rotated = self.to_basis(batch.mean_gradient(), state, shape)
-                return {**fresh, "second_moment": rotated.square_().mul_(batch.count)}
+                return {**fresh, "rotated": self.to_basis(batch.mean_gradient(), state, shape)}
             a_structure, g_structure = self.structures(shape)
             a_basis, g_basis = (_full_precision(basis) for basis in self.bases(state, shape))
             fresh["second_moment"] = batch.projected_square(g_basis, a_basis, g_structure, a_structure)
+        return fresh
+
+    def complete(self, merged: State, terms: Terms, state: State, shape: LayerShape) -> State:
+        fresh = super().complete(merged, terms, state, shape)
+        if "rotated" in fresh:
+            fresh["second_moment"] = fresh.pop("rotated").square_().mul_(terms.all)
         return fresh
 
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:

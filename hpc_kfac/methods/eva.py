@@ -42,10 +42,10 @@ class Eva(Method):
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
         # Reduced with every statistics step, because there is no refresh to wait for.
-        sizes = (("a_mean", shape.inputs), ("g_mean", shape.outputs))
+        sides = (("a_mean", shape.inputs, shape.input_over), ("g_mean", shape.outputs, shape.output_over))
         return tuple(
-            StateSpec(name, (shape.blocks, d), "running", reduce="mean", reduce_at="statistics", lives="all")
-            for name, d in sizes
+            StateSpec(name, (shape.blocks, d), "running", reduce="mean", reduce_at="statistics", lives="all", over=over)
+            for name, d, over in sides
         )
 
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from hpc_kfac.damping import Damping
 from hpc_kfac.linalg.spatial import SpatiallyUncorrelated
 from hpc_kfac.linalg.structure import Blocks, Dense, Diagonal, Identity, Structure
-from hpc_kfac.methods.method import Method, StateSpec
+from hpc_kfac.methods.method import Method, Over, StateSpec
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerShape
@@ -85,9 +85,14 @@ class Factored(Method):
                 reduce="mean",
                 lives="all",
                 symmetric=structure.symmetric,
+                over=self.over(name, shape),
             )
             for name, structure, d in self.sides(shape)
         ]
+
+    def over(self, side: str, shape: LayerShape) -> Over:
+        """What the factor of a side is a mean over."""
+        return shape.input_over if side == "A" else shape.output_over
 
     def basis_specs(self, shape: LayerShape, lives: Literal["all", "workers"]) -> list[StateSpec]:
         bases = [(name, structure.basis_shape(shape.blocks, d)) for name, structure, d in self.sides(shape)]

@@ -12,14 +12,17 @@ from torch import Tensor
 from hpc_kfac.damping import as_damping
 from hpc_kfac.linalg.solve import damped_inverse, positive_eigh, require_finite, spectral, woodbury_inverse
 from hpc_kfac.linalg.workspace import Workspace
-from hpc_kfac.methods.method import State, StateSpec
+from hpc_kfac.methods.method import State, StateSpec, Terms
 from hpc_kfac.methods.sample_matrix import SampleMatrix, row_kernel, row_products
+from hpc_kfac.methods.sample_rows import output_weights, rank_terms, row_scale
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
 
 ALL = 1 << 30
 """More rows than any batch has."""
+CANDIDATES = 16
+"""By the rows kept: samples that those of a step's micro-batches are thinned out to; one micro-batch is taken whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +71,20 @@ class HyLo(SampleMatrix):
         ]
         return (*super().state(shape), *more)
 
-    def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
-        inputs, outputs = self.take_rows(batch, ALL)
-        outputs = outputs / max(outputs.shape[1], 1) ** 0.5
-        damping = as_damping(self.damping).current * batch.ranks
-        length = torch.linalg.matrix_norm(outputs.mT @ inputs, keepdim=True)
+    def collect(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
+        return self.take_rows(batch, ALL)
+
+    def merge(self, merged: State, fresh: State, share: float) -> None:
+        """Puts rows together, all of which may be selected."""
+        taken = merged["X"].shape[1], fresh["X"].shape[1]
+        self.join(merged, fresh, max(CANDIDATES * self.rows, *taken))
+
+    def complete(self, merged: State, terms: Terms, state: State, shape: LayerShape) -> State:
+        inputs, samples = merged["X"], float(merged["samples"])
+        count = max(inputs.shape[1], 1)
+        outputs = merged["R"] * (row_scale(samples, terms.all) / count**0.5)
+        damping = as_damping(self.damping).current * terms.ranks
+        length = torch.linalg.matrix_norm(outputs.mT @ inputs, keepdim=True) * (samples / count) ** 0.5
         if self._interpolates(length, state):
             index, coupling = _interpolation(row_kernel(inputs, outputs), self.rows, damping)
             weight = torch.ones_like(index, dtype=outputs.dtype)
@@ -85,7 +97,7 @@ class HyLo(SampleMatrix):
             "X": inputs.gather(1, index.unsqueeze(2).expand(-1, -1, inputs.shape[2])),
             "R": outputs.gather(1, index.unsqueeze(2).expand(-1, -1, outputs.shape[2])) * weight.unsqueeze(2),
         }
-        return {**self.padded(kept), "coupling": F.pad(coupling, (0, rest, 0, rest)), "length": length}
+        return {**self.padded(kept, samples, terms), "coupling": F.pad(coupling, (0, rest, 0, rest)), "length": length}
 
     def _interpolates(self, length: Tensor, state: State) -> bool:
         if self.select != "switch":
@@ -101,11 +113,12 @@ class HyLo(SampleMatrix):
         # (C^-1 + K)^-1 of the coupling C, the paper's C - C (K^-1 + C)^-1 C, without an inverse of either.
         values, basis = positive_eigh(coupling)
         root = spectral(values.sqrt(), basis)
-        whitened, raised = woodbury_inverse(root @ row_kernel(state["X"], state["R"]) @ root, 1.0)
+        outputs = self._by_terms(state)
+        whitened, raised = woodbury_inverse(root @ row_kernel(state["X"], outputs) @ root, 1.0)
         inverse = root @ whitened @ root
         return {
             "X_solved": state["X"].clone(),
-            "R_solved": state["R"].clone(),
+            "R_solved": outputs,
             "kernel_inverse": (inverse + inverse.mT).mul_(0.5),
             "kernel_damping": raised * damping,
         }
@@ -113,7 +126,15 @@ class HyLo(SampleMatrix):
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         """Of the rows that were kept: of what they stand for with kis, and less with kid."""
         ranks = state["coupling"].shape[1] // self.rows
-        return row_products(delta.to(state["X"].dtype), state["X"], state["R"], Workspace()).square().sum() / ranks
+        outputs = self._by_terms(state)
+        return row_products(delta.to(outputs.dtype), state["X"], outputs, Workspace()).square().sum() / ranks
+
+    def _by_terms(self, state: State) -> Tensor:
+        """R where each rank's F counts by its loss terms: the sum over rows is F times the number of ranks."""
+        terms = rank_terms(state)
+        share = terms * (terms.shape[1] / terms.sum(1, keepdim=True).clamp_min(1.0))
+        share = share.repeat_interleave(state["R"].shape[1] // terms.shape[1], dim=1)
+        return state["R"] * torch.where(output_weights(state) > 0, share, torch.zeros_like(share)).sqrt()
 
 
 def _interpolation(kernel: Tensor, rows: int, damping: float) -> tuple[Tensor, Tensor]:

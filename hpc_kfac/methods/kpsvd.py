@@ -18,7 +18,7 @@ from hpc_kfac.linalg.structure import Dense
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.factored import EIGH, INVERSE
 from hpc_kfac.methods.kfac import KFAC
-from hpc_kfac.methods.method import Cost, State, StateSpec
+from hpc_kfac.methods.method import Cost, Over, State, StateSpec, Terms
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -65,7 +65,7 @@ class KPSVD(KFAC):
         running = [replace(spec, reduce_at="statistics") for spec in self.factor_specs(shape)]
         if self.terms == 1:
             return (*running, *(spec for spec in super().state(shape) if spec.role == "solved"))
-        running += [replace(spec, name=spec.name + "2") for spec in running]
+        running += [replace(spec, name=spec.name + "2", over="terms") for spec in running]
         solved = [
             spec
             for name, _, d in self.sides(shape)
@@ -80,7 +80,13 @@ class KPSVD(KFAC):
         """Whether there are two dense factors; other layers are K-FAC's."""
         return [type(structure) for _, structure, _ in self.sides(shape)] == [Dense, Dense]
 
+    def over(self, side: str, shape: LayerShape) -> Over:
+        return "terms" if self._fitted(shape) and self.first == "best" else super().over(side, shape)
+
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
+        return self.complete(self.collect(batch, state, shape), Terms.of(batch), state, shape)
+
+    def collect(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
         if not self._fitted(shape):
             return super().statistics(batch, state, shape)
         fresh: State = {}
@@ -88,26 +94,33 @@ class KPSVD(KFAC):
             fresh |= super().statistics(batch, state, shape)
         else:
             fresh["A"], fresh["G"] = self._iterate(batch, state, shape)
-        if self.terms == 2:
-            fresh |= self._second(batch, state, fresh, shape)
+        if self.terms == 2 and "A" in state:
+            g2, a2, _ = self._second(state, shape)
+            fresh["A2"], fresh["G2"] = batch.paired_moments(g2, a2, Dense(), Dense())
         return fresh
 
-    def _second(self, batch: LayerBatch, state: State, fresh: State, shape: LayerShape) -> State:
-        """A step of the power iteration for what the first product leaves of the curvature.
+    def complete(self, merged: State, terms: Terms, state: State, shape: LayerShape) -> State:
+        fresh = super().complete(merged, terms, state, shape)
+        if self.terms == 1 or not self._fitted(shape):
+            return fresh
+        if "A" not in state:
+            return {**fresh, **{f"{name}2": torch.zeros_like(fresh[name]) for name in ("A", "G")}}
+        g2, a2, first = self._second(state, shape)
+        fresh["A2"] = fresh["A2"] - _inner(first["G"], g2) * first["A"]
+        fresh["G2"] = fresh["G2"] - _inner(first["A"], a2) * first["G"]
+        return fresh
+
+    def _second(self, state: State, shape: LayerShape) -> tuple[Tensor, Tensor, State]:
+        """G2 and A2 of unit norm, and the first product's factors.
+
+        They are for a step of the power iteration for what the first product leaves of the curvature.
 
         It starts with one side, the other follows a step later, from what all ranks have: two sides that start apart,
         or from a rank's own samples, may come out with opposite signs.
         """
-        if "A" not in state:
-            return {f"{name}2": torch.zeros_like(fresh[name]) for name in ("A", "G")}
         first = self.factors(state, shape)
         begun = _inner(state["G2"], state["G2"]) > 0
-        g2, a2 = torch.where(begun, _unit(state["G2"]), _unit(_start(first["G"]))), _unit(state["A2"])
-        a_seen, g_seen = batch.paired_moments(g2, a2, Dense(), Dense())
-        return {
-            "A2": a_seen - _inner(first["G"], g2) * first["A"],
-            "G2": g_seen - _inner(first["A"], a2) * first["G"],
-        }
+        return torch.where(begun, _unit(state["G2"]), _unit(_start(first["G"]))), _unit(state["A2"]), first
 
     @staticmethod
     def _iterate(batch: LayerBatch, state: State, shape: LayerShape) -> tuple[Tensor, Tensor]:

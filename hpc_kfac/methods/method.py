@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
 
 State = dict[str, Tensor]
+Over = Literal["uses", "terms"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class StateSpec:
             of products that are too small to gain from another one.
         rank_axes: axes that are longer by the number of ranks once rows have been gathered.
         part: solved only: which of `Method.parts` makes it.
+        over: what a running mean is a mean over, and so what weighs it where micro-batches, ranks and steps are put
+            together: "terms", all loss terms, also of samples that did not use the layer (sums over g divided by M), or
+            "uses", the positions at which the layer was used (means of x).
     """
 
     name: str
@@ -48,10 +52,31 @@ class StateSpec:
     operand: bool = False
     rank_axes: tuple[int, ...] = ()
     part: str = ""
+    over: Over = "terms"
 
     def full_shape(self, ranks: int) -> tuple[int, ...]:
         """Shape when this many ranks have contributed."""
         return tuple(n * ranks if axis in self.rank_axes else n for axis, n in enumerate(self.shape))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Loss terms of one rank in one optimisation step, as a layer meets them.
+
+    Attributes:
+        used: of the micro-batches that used the layer.
+        all: of all micro-batches.
+        ranks: how many ranks take statistics.
+    """
+
+    used: float
+    all: float
+    ranks: int
+
+    @staticmethod
+    def of(batch: LayerBatch) -> Terms:
+        """Of a step that is one batch."""
+        return Terms(batch.count, batch.count, batch.ranks)
 
 
 @dataclass(frozen=True)
@@ -144,6 +169,49 @@ class Method(ABC):
     @abstractmethod
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
         """Fresh means of this rank's batch by the names of running specs; one that cannot be filled yet is omitted."""
+
+    # An optimisation step may consist of several micro-batches: each is collected, merged with the earlier ones, and
+    # what they come to is completed into what one batch of all their samples has as statistics.
+
+    def collect(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
+        """What is kept of one micro-batch until the step's last one has come; its statistics by default.
+
+        A method whose statistics are no means over samples (squares of means, selected rows) keeps what `merge` can put
+        together and makes its statistics of that in `complete`; its `statistics` then is both, one after the other.
+        """
+        return self.statistics(batch, state, shape)
+
+    def merge(self, merged: State, fresh: State, share: float) -> None:
+        """Takes one more micro-batch in, in place; a weighted mean by default.
+
+        Called apart for what are means over uses and over terms.
+
+        Args:
+            merged: what was collected of the earlier micro-batches.
+            fresh: what was collected of this one.
+            share: its share of all uses, or of all terms, so far.
+        """
+        for name, value in fresh.items():
+            merged[name].lerp_(value, share)
+
+    def complete(self, merged: State, terms: Terms, state: State, shape: LayerShape) -> State:
+        """The statistics of a step, of its merged micro-batches; means over terms count those without the layer too."""
+        share = terms.used / terms.all
+        if share == 1.0:
+            return merged
+        over = {spec.name: spec.over for spec in self.state(shape)}
+        return {name: value if over.get(name) == "uses" else value * share for name, value in merged.items()}
+
+    def skip(self, running: State, terms: float, shape: LayerShape) -> None:  # noqa: B027
+        """Notes, in place, a step in which this rank did not use the layer while other ranks may have.
+
+        Means need nothing done: their weights tell. Only called where there are several ranks.
+
+        Args:
+            running: changed.
+            terms: this rank's loss terms of the step.
+            shape: of the layer.
+        """
 
     def fold_gradient(self, running: State, solved: State, gradient: Tensor, shape: LayerShape) -> None:
         """Takes the averaged gradient into the running tensors, in place; for a method that reads gradients.

@@ -60,12 +60,15 @@ class MKOR(Method):
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
         p = shape.blocks
-        sides = (("A", "a_mean", shape.inputs), ("G", "g_mean", shape.outputs))
+        sides = (
+            ("A", "a_mean", shape.inputs, shape.input_over),
+            ("G", "g_mean", shape.outputs, shape.output_over),
+        )
         return tuple(
             spec
-            for name, mean, d in sides
+            for name, mean, d, over in sides
             for spec in (
-                StateSpec(mean, (p, d), "running", reduce="mean", reduce_at="statistics", lives="all"),
+                StateSpec(mean, (p, d), "running", reduce="mean", reduce_at="statistics", lives="all", over=over),
                 StateSpec(f"{name}_inverse", (p, d, d), "solved", symmetric=True, operand=True),
             )
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from hpc_kfac.linalg.solve import multiply, woodbury_inverse
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, State, StateSpec
-from hpc_kfac.methods.sample_rows import SampleRows, samples
+from hpc_kfac.methods.sample_rows import SampleRows, output_weights
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerShape
@@ -36,7 +36,7 @@ class SampleMatrix(SampleRows):
 
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         inputs = state["X"].clone()
-        outputs = state["R"] / samples(state).sqrt()
+        outputs = state["R"] * output_weights(state).sqrt()
         inverse, raised = woodbury_inverse(row_kernel(inputs, outputs), damping)
         return {
             "X_solved": inputs,
@@ -61,7 +61,7 @@ class SampleMatrix(SampleRows):
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         products = row_products(delta.to(state["X"].dtype), state["X"], state["R"], Workspace())
-        return (products.square() / samples(state)).sum()
+        return (products.square() * output_weights(state)).sum()
 
     def cost(self, shape: LayerShape) -> Cost:
         """Flops for the rows of one rank, n: refresh 2 n^2 (a + o) + n^3, gradient 4 n a o + 2 n^2; rows are free."""

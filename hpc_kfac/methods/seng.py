@@ -12,7 +12,7 @@ from hpc_kfac.damping import Damping
 from hpc_kfac.linalg.solve import multiply, require_finite, woodbury_inverse
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, State, StateSpec
-from hpc_kfac.methods.sample_rows import SampleRows, samples
+from hpc_kfac.methods.sample_rows import SampleRows, output_weights, row_scale
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -55,19 +55,21 @@ class SENG(SampleRows):
             return (*self.row_specs(shape), *self.kernel_specs(shape, {"X": shape.inputs, "R": shape.outputs}))
         size = shape.outputs * shape.inputs
         rows = StateSpec("U", (shape.blocks, self.rows, size), "running", reduce="gather", lives="all", rank_axes=(1,))
-        return (rows, self.row_specs(shape)[-1], *self.kernel_specs(shape, {"U": size}))
+        return (rows, *self.row_specs(shape)[2:], *self.kernel_specs(shape, {"U": size}))
 
-    def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
+    def collect(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
         if not self._explicit(shape):
-            return super().statistics(batch, state, shape)
-        return self.padded({"U": batch.sample_gradients(self.rows).flatten(2)})
+            return super().collect(batch, state, shape)
+        samples = batch.available(False)
+        rows = batch.sample_gradients(self.rows).flatten(2) / row_scale(samples, batch.count)
+        return {"U": rows, "samples": torch.tensor(float(samples))}
 
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         solved = {f"{name}_solved": state[name].clone() for name in ("U", "X") if name in state}
         if "U" in state:
-            solved["U_solved"] /= samples(state).sqrt()
+            solved["U_solved"] *= output_weights(state).sqrt()
         else:
-            solved["R_solved"] = state["R"] / samples(state).sqrt()
+            solved["R_solved"] = state["R"] * output_weights(state).sqrt()
         kernel = torch.ones((), dtype=state["valid"].dtype, device=state["valid"].device)
         for name, rows in solved.items():
             require_finite(rows, name)
@@ -121,7 +123,7 @@ class SENG(SampleRows):
             products = state["U"] @ delta.to(state["U"].dtype).flatten(1).unsqueeze(2)
         else:
             products = ((state["X"] @ delta.to(state["X"].dtype).mT) * state["R"]).sum(2, keepdim=True)
-        return (products.square() / samples(state)).sum()
+        return (products.square() * output_weights(state)).sum()
 
     def cost(self, shape: LayerShape) -> Cost:
         """Flops for the rows of one rank, n: of what it keeps of a sample, m numbers, sketches of s: 2 n^2 s + n^3."""

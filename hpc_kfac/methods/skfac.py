@@ -13,7 +13,7 @@ from hpc_kfac.linalg.solve import damped_inverse, multiply
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.kronecker import mean_or_one
 from hpc_kfac.methods.method import Cost, State, StateSpec
-from hpc_kfac.methods.sample_rows import SampleRows, samples
+from hpc_kfac.methods.sample_rows import SampleRows, input_weights, output_weights
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerShape
@@ -106,4 +106,4 @@ class SKFAC(SampleRows):
 
 def _scaled(state: State) -> State:
     """X and R so that A = X^T X and G = R^T R."""
-    return {name: state[name] / samples(state).sqrt() for name in ("X", "R")}
+    return {"X": state["X"] * input_weights(state).sqrt(), "R": state["R"] * output_weights(state).sqrt()}

@@ -17,7 +17,7 @@ from hpc_kfac.linalg.structure import Structure
 from hpc_kfac.methods.ekfac import EKFAC
 from hpc_kfac.methods.kfac import KFAC
 from hpc_kfac.methods.kronecker import Kronecker, mean_or_one
-from hpc_kfac.methods.method import State
+from hpc_kfac.methods.method import Over, State
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -33,6 +33,9 @@ class Paired(Kronecker):
         a_structure, g_structure = self.structures(shape)
         a, g = batch.paired_moments(None, None, g_structure, a_structure)
         return {"A": a, "G": g}
+
+    def over(self, side: str, shape: LayerShape) -> Over:
+        return super().over(side, shape) if len(self.sides(shape)) < 2 else "terms"
 
     def factors(self, state: State, shape: LayerShape) -> State:
         """sqrt(delta) Phi and sqrt(delta) Psi, of one trace."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from hpc_kfac.methods.kfac import KFAC
-from hpc_kfac.methods.method import State
+from hpc_kfac.methods.method import Over, State, Terms
 from hpc_kfac.methods.tkfac import Paired
 
 if TYPE_CHECKING:
@@ -26,9 +26,18 @@ class TNT(Paired, KFAC):
 
     name: ClassVar[str] = "tnt"
 
-    def moments(self, batch: LayerBatch, shape: LayerShape) -> State:
-        moments = self.gradient_moments(batch.mean_gradient(), shape)
-        return {name: moment * batch.count for name, moment in moments.items()}
+    def over(self, side: str, shape: LayerShape) -> Over:
+        return "terms"
+
+    def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
+        return self.complete(self.collect(batch, state, shape), Terms.of(batch), state, shape)
+
+    def collect(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
+        return {"D": batch.mean_gradient()}
+
+    def complete(self, merged: State, terms: Terms, state: State, shape: LayerShape) -> State:
+        gradient = super().complete(merged, terms, state, shape)["D"]
+        return {name: moment * terms.all for name, moment in self.gradient_moments(gradient, shape).items()}
 
     def split_damping(self, factors: State, shape: LayerShape, damping: float) -> dict[str, Tensor | float]:
         return KFAC.split_damping(self, factors, shape, damping)

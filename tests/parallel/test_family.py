@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hpc_kfac as hk
+from hpc_kfac.running_weight import NUMBERS
 from parallel.small_training import DOUBLE, RELATIVES, SAME, STEPS, AllKinds, train
 from parallel.test_placements import OURS, PLACEMENTS, declared_traffic
 
@@ -56,12 +57,12 @@ def test_checkpoints(comm, folder, name):
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("name", ["eva", "eva-f", "mkor"])
 def test_rank_one_methods_send_vectors_alone(comm, name):
-    """Beside gradients: a + o numbers of every block and a weight of every layer, with each statistics step."""
+    """Beside gradients: a + o numbers of every block and what weighs of every layer, with each statistics step."""
     method = hk.Eva(damping=0.1) if name == "eva" else RELATIVES[name]()
     _, preconditioner = train(comm, method, schedule=OFTEN)
     shapes = [layer.shape for layer in preconditioner.capture.layers.values()]
     numbers = sum(shape.blocks * (shape.inputs + (name != "eva-f") * shape.outputs) for shape in shapes)
-    assert preconditioner.traffic["reduce"] == STEPS * 8 * (numbers + len(shapes))
+    assert preconditioner.traffic["reduce"] == STEPS * 8 * (numbers + NUMBERS * len(shapes))
     assert not any(preconditioner.traffic[kind] for kind in ("broadcast", "gather", "scatter", "scaled", "share"))
 
 

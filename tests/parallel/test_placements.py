@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import hpc_kfac as hk
+from hpc_kfac.running_weight import NUMBERS
 from parallel.small_training import DOUBLE, METHODS, STEPS, AllKinds, average_gradients, shard, train
 
 RATES = hk.Rates(flops=1e9, latency=1e-6, bandwidth=1e9)  # some of the small net's units are below it, some above
@@ -259,7 +260,7 @@ def test_traffic_is_that_of_the_formulas(comm):
             assignment = preconditioner.assignment
             if comm.size > 1 and placement.factors != "local":
                 kind = "reduce" if placement.factors == "all" else "scatter"
-                expected[kind] = 8 * (sum(factors.values()) + len(sides))  # and a weight a layer
+                expected[kind] = 8 * (sum(factors.values()) + NUMBERS * len(sides))  # and what weighs
             if assignment.workers > 1:  # within the group that works on the layer
                 mine = [layer for layer in sides if assignment.works_on(comm.rank, layer)]
                 expected["broadcast"] = sum(8 * solved[layer] + 4 * parts[layer] for layer in mine)

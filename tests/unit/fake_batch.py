@@ -19,6 +19,13 @@ class FakeBatch:
         self.x, self.g = x, g
         self.count = float(x.shape[1])
 
+    @property
+    def uses(self) -> float:
+        return float(self.x.shape[1] * self.x.shape[2])
+
+    def available(self, positions: bool) -> int:
+        return self.x.shape[1] * (self.x.shape[2] if positions else 1)
+
     def gradient(self) -> Tensor:
         """D = (1/N) sum of g x^T, [p, o, a]."""
         return torch.einsum("pnto,pnta->poa", self.g, self.x) / self.count
