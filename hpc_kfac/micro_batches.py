@@ -34,13 +34,13 @@ class Merged:
             self._merge(method, fresh, batch, shape)
         else:
             self.state = fresh
-        self.weights["uses"] += batch.uses
+        self.weights["uses"] += batch.input_rows
         self.weights["terms"] += batch.count
         return True
 
     def _merge(self, method: Method, fresh: State, batch: LayerBatch, shape: LayerShape) -> None:
         over = {spec.name: spec.over for spec in method.state(shape)}
-        counts: dict[Over, float] = {"uses": batch.uses, "terms": batch.count}
+        counts: dict[Over, float] = {"uses": batch.input_rows, "terms": batch.count}
         for kind, count in counts.items():
             part = {name: tensor for name, tensor in fresh.items() if over.get(name, "terms") == kind}
             if part and count > 0:
@@ -70,7 +70,7 @@ class StepTerms:
     def of(self, layer: str, missing: int) -> float:
         """Terms of the step as a layer counts them, when so many of its micro-batches did not use it.
 
-        Passes of other layers may be there too (a generator's beside a discriminator's): no more than the missing count.
+        Passes of other layers may be there too (a generator's beside a discriminator's): only the missing count.
         """
         used = self._used.get(layer, {})
         others = [terms for number, terms in self._all.items() if number not in used]

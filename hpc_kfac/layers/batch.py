@@ -131,7 +131,7 @@ class LayerBatch(Protocol):
 
     Attributes:
         count: M, the number of loss terms on this rank, of samples that used the layer or not.
-        uses: how many rows x are averaged over: positions that count, or samples that have any.
+        input_rows: how many rows x are averaged over: positions that count, or samples that have any.
         ranks: how many ranks take statistics of the layer.
     """
 
@@ -139,7 +139,7 @@ class LayerBatch(Protocol):
     ranks: int
 
     @property
-    def uses(self) -> float: ...
+    def input_rows(self) -> float: ...
 
     def input_moment(self, structure: Structure) -> Tensor:
         """A, the mean of x x^T over positions, in the given structure."""

@@ -51,7 +51,7 @@ class EmbeddingBatch:
         self.lengths = lengths
 
     @property
-    def uses(self) -> float:
+    def input_rows(self) -> float:
         """As in ``LayerBatch``."""
         return float((self.lengths > 0).sum()) if self.reading.reduce else float(len(self.token))
 

@@ -31,13 +31,13 @@ class NormBatch:
 
     def __init__(self, layer: NormLayer, uses: Sequence[Use], count: float, reading: Reading) -> None:
         self.shape, self.count, self.reading = layer.shape, count, reading
-        self.layer, self._uses = layer, uses
+        self.layer, self.uses = layer, uses
 
     @cached_property
     def _gradients(self) -> Tensor:
         """Per-sample gradients of the sum of the loss terms [draws, samples, p, a]."""
         groups: dict[tuple[int, int], Tensor] = {}
-        for use in self._uses:
+        for use in self.uses:
             row = self.layer.sample_gradients(use, self.reading)
             group = (use.micro_batch, row.shape[1])
             groups[group] = groups[group] + row if group in groups else row
@@ -48,7 +48,7 @@ class NormBatch:
         return self._gradients.flatten(0, 1).transpose(0, 1).contiguous()
 
     @property
-    def uses(self) -> float:
+    def input_rows(self) -> float:
         """As in ``LayerBatch``; only ones are averaged over them."""
         return self.count
 

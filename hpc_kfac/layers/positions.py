@@ -80,7 +80,7 @@ class PositionBatch(ABC):
         """Unscaled gradient rows of some samples [p, K, n, T, o] in the statistics dtype, zeros where masked."""
 
     @cached_property
-    def uses(self) -> float:
+    def input_rows(self) -> float:
         """As in ``LayerBatch``."""
         if self.reduce:
             return float(sum(int((_kept(group) > 0).sum()) for group in self.groups))
@@ -89,7 +89,7 @@ class PositionBatch(ABC):
     def input_moment(self, structure: Structure) -> Tensor:
         if self.reduce:
             rows = torch.cat([self._sample_inputs(group, slice(None)) for group in self.groups], dim=1)
-            return self.gram(rows, structure) / max(self.uses, 1.0)
+            return self.gram(rows, structure) / max(self.input_rows, 1.0)
         total: Tensor | float = 0.0
         for part in self._parts():
             total = total + self.input_gram(part, structure)

@@ -20,7 +20,7 @@ class FakeBatch:
         self.count = float(x.shape[1])
 
     @property
-    def uses(self) -> float:
+    def input_rows(self) -> float:
         return float(self.x.shape[1] * self.x.shape[2])
 
     def available(self, positions: bool) -> int:
