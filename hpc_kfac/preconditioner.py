@@ -585,7 +585,7 @@ class Preconditioner:
                 solvers |= {unit: (owner[unit[0]],) for unit in more.solvers}
             self._placed = replace(self._placed, owner=owner, solvers=solvers)
         for rest in back.values():
-            rest.state.weight *= self.method.decay ** (self._collector.folds - rest.folds)
+            rest.state.age(self.method.decay ** (self._collector.folds - rest.folds))
         states = {**self.states, **{name: rest.state for name, rest in back.items()}}
         self.states.clear()
         self.states.update({name: states.get(name, LayerState()) for name in layers})

@@ -111,6 +111,11 @@ class LayerState:
         """Loss terms that this rank's share of the running averages stands for."""
         return self.weights["refresh"].terms
 
+    def age(self, decay: float) -> None:
+        """Lets the running averages count less, as in steps that did not use the layer."""
+        for weight in self.weights.values():
+            weight.skip(decay, 0.0)
+
     def view(self) -> State:
         """What a method sees: gathered tensors hide this rank's own part."""
         return {**self.running, **self.solved}
