@@ -129,7 +129,8 @@ class Doubts:
                     f"nothing {name}",
                     f"layer {name!r} got a gradient in step {step}, but not through the output of its module, so that"
                     " no statistics came of it (its weight is used without calling the module, or the loss has"
-                    " derivatives of its output alone)",
+                    " derivatives of its output alone; or the pass ran inside a loop that was compiled as a whole, or"
+                    " in a program made of the model: compile or call the model itself)",
                 )
 
 

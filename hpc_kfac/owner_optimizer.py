@@ -99,6 +99,12 @@ class OwnerOptimizer:
         self._hooks = [parameter.register_post_accumulate_grad_hook(reached) for parameter in parameters]
         self._begin()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise Refused(
+            "an OwnerOptimizer cannot be copied or pickled: it has hooks on its model, and communicators; save the"
+            " state_dict() of the optimizer that it wraps"
+        )
+
     @property
     def rank(self) -> int:
         """This process."""

@@ -39,6 +39,14 @@ class ForwardHook:
         if is_plain(output):
             self._capture.reached(self._name, args[0] if args else kwargs["input"], output)
 
+    @property
+    def __name__(self) -> str:
+        """None: torch.jit.script asks for it, to compile a hook; it shows what is raised here."""
+        raise AttributeError(
+            "torch.jit.script cannot compile a model that has a preconditioner's hooks: script it before the"
+            " preconditioner is made, or after preconditioner.remove()"
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A callable that does nothing. It is from the standard library, so that a saved model can be loaded where this
         # package is not installed.
@@ -56,6 +64,7 @@ class GradientHook:
     def __init__(self, capture: Capture, name: str) -> None:
         self._found, self._name = weakref.ref(capture), name
 
+    @torch._disable_dynamo
     def __call__(self, parameter: nn.Parameter) -> None:
         capture = self._found()
         if capture is not None:

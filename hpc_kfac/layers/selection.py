@@ -162,6 +162,10 @@ def _obstacle(module: nn.Module) -> str | None:
     """Why a module with trainable parameters of its own cannot be captured; None when it can."""
     kind = qualified(type(module))
     family = _family(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript runs it without hooks: precondition the model as it was before torch.jit"
+    if type(module) is nn.Module:
+        return "an exported program has no layers that are called: precondition the model as it was before torch.export"
     if family is None:
         if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
             return "transposed convolutions are not supported"

@@ -380,6 +380,25 @@ def test_a_cell_run_again_replaces_the_preconditioner_and_a_dropped_one_is_gone(
     assert hooks(model) == 0
 
 
+def test_programs_without_hooks_are_named() -> None:
+    for program, reason in (
+        (torch.jit.trace(net(), (X,)), "TorchScript.*before torch.jit"),
+        (torch.jit.script(net()), "TorchScript.*before torch.jit"),
+        (torch.export.export(net(), (X,)).module(), "exported program.*before torch.export"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            made(program)
+    model = net()
+    preconditioner = made(model)[1]
+    with pytest.raises(AttributeError, match=r"before the preconditioner is made, or after preconditioner.remove\(\)"):
+        torch.jit.script(model)
+    F.cross_entropy(torch.jit.trace(model, (X,))(X), Y).backward()
+    with pytest.warns(hk.CurvatureWarning, match="layer '0'.*no statistics.*call the model itself"):
+        preconditioner.step()
+    preconditioner.remove()
+    torch.jit.script(model)
+
+
 def test_preconditioners_of_different_layers_live_side_by_side() -> None:
     model = net()
     (_, first), (_, second) = made(model, skip=["0"]), made(model, skip=["2"])
@@ -389,8 +408,11 @@ def test_preconditioners_of_different_layers_live_side_by_side() -> None:
 
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_preconditioner_is_not_copied(way: Any) -> None:
-    with pytest.raises(hk.Refused, match=r"state_dict\(\)"):
-        way(made(net())[1])
+    model = net()
+    optimizer, preconditioner = made(model)
+    for held in (preconditioner, hk.OwnerOptimizer(optimizer, model, preconditioner)):
+        with pytest.raises(hk.Refused, match=r"state_dict\(\)"):
+            way(held)
 
 
 def test_a_thousand_preconditioners_leave_nothing() -> None:
