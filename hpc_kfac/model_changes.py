@@ -17,7 +17,7 @@ from hpc_kfac.distributed import Communicator
 from hpc_kfac.distributed.messages import decode, encode
 from hpc_kfac.layers import Capture, CapturedLayer, LeftOut
 from hpc_kfac.layers.roster import Roster
-from hpc_kfac.layers.selection import is_frozen, named_modules, select
+from hpc_kfac.layers.selection import named_modules, select
 from hpc_kfac.notices import Notices, Refused
 
 UNCALLED = "its weight is used without calling the module"
@@ -84,7 +84,7 @@ class ModelChanges:
             self.left, self.fresh = frozenset(), ()
         if self._roster.differs(thorough):
             self._compare()
-        if statistics and self._unseen and not self._fault:
+        if statistics and self._unseen:
             self._find_uncalled()
         for parameter in self._frozen:
             parameter.grad = None
@@ -192,14 +192,18 @@ class ModelChanges:
         modules = dict(named_modules(self._model))
         held = self._held()
         for name, old in self._capture.layers.items():
-            new, reason = layers.get(name), reasons.get(name, "")
+            new = layers.get(name)
             about = f"layer {name or 'the model'!r}"
-            there = new is None and modules.get(name) is old.module and name not in self._capture.uncalled
-            if there and reason and not is_frozen(reason):
-                return (
-                    f"{about}: {reason}, which it was not when the preconditioner was made; change the model first and"
-                    f" make the preconditioner after that, or leave the layer out with skip=[{name!r}]"
-                )
+            if new is None and name not in self._capture.uncalled:
+                weight = old.module._parameters.get(old.parameter_names[0])
+                if modules.get(name) is not old.module:
+                    self._notices.once(f"gone {name}", f"{about} is not in the model any more, and not preconditioned")
+                elif weight is None or weight.requires_grad:
+                    return (
+                        f"{about}: {reasons.get(name, 'its weight is not a plain parameter')}, which was not so when"
+                        " the preconditioner was made; change the model first and make the preconditioner after that,"
+                        f" or leave the layer out with skip=[{name!r}]"
+                    )
             if device := self._roster.moved(old.parameters[0]):
                 return (
                     f"{about}: its weight was moved from {device} to {old.parameters[0].device} after the"

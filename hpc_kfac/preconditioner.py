@@ -544,6 +544,7 @@ class Preconditioner:
 
     def keep(self) -> Callable[[], None]:
         """The result puts back the state as it is now, between two steps."""
+        self._settle()
         counters, states, pending = self._counters(), dict(self.states), self._executor.solver.pending()
         return lambda: self._load(counters, states, pending)
 

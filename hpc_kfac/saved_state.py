@@ -332,7 +332,9 @@ def _own(tensors: Mapping[str, Tensor], device: torch.device) -> State:
 def _check_names(saved: Mapping[str, Any], problem: Problem) -> None:
     if set(saved) != set(problem.shapes):
         names = ", ".join(sorted(set(saved) ^ set(problem.shapes))[:5])
-        raise ValueError(f"the saved layers differ from the model's: {names}; load into the same model")
+        raise ValueError(
+            f"the saved layers differ from the model's: {names}; load into the same model, with the same layers frozen"
+        )
 
 
 def _check(layer: str, key: str, role: str, tensor: Tensor, problem: Problem) -> None:

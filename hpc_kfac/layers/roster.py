@@ -9,6 +9,8 @@ from zlib import crc32
 import torch
 from torch import nn
 
+_requires_grad = operator.attrgetter("requires_grad")
+
 
 class Roster:
     """Remembers the modules and parameters of a model, by identity, and what matters of them.
@@ -36,16 +38,18 @@ class Roster:
         self._words, self._things = _described(self._model)
 
     def differs(self, thorough: bool) -> bool:
-        """Whether something has changed: what is frozen and dtypes; with `thorough` modules and parameters, too."""
-        flags, dtypes = [p.requires_grad for p in self.parameters], [p.dtype for p in self.parameters]
-        if flags != self.trained or dtypes != self.dtypes:
+        """Whether something has changed: what is frozen and the dtype; with `thorough` modules and parameters, too."""
+        if list(map(_requires_grad, self.parameters)) != self.trained:
+            return True
+        if self.parameters and self.parameters[0].dtype != self.dtypes[0]:
             return True
         if not thorough:
             return False
         words, things = _described(self._model)
         if words != self._words or not all(map(operator.is_, things, self._things)):
             return True
-        return [p.device for p in self.parameters] != self.devices
+        now = [(p.dtype, p.device) for p in self.parameters]
+        return now != list(zip(self.dtypes, self.devices, strict=True))
 
     def fingerprint(self) -> int:
         """A number that tells the model as it is now from others, by names, classes, shapes, dtypes and what trains."""

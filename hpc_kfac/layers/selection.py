@@ -26,8 +26,6 @@ FAMILIES: dict[type[nn.Module], type[CapturedLayer]] = {
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Of weights that can be preconditioned."""
 
-FROZEN = "its {} is frozen"
-
 SHARDED = ("DTensor", "FullyShardedDataParallel", "FlatParameter")
 """Classes of torch.distributed whose weights are spread over ranks."""
 
@@ -97,11 +95,11 @@ def select(
     for name, module, closed in _modules(model):
         held = module.parameters(recurse=closed is not None)
         parameters = [parameter for parameter in held if parameter.requires_grad]
+        _check_whole(name, module, parameters)
         if not parameters:
             continue
         if any(isinstance(parameter, UninitializedParameter) for parameter in parameters):
             raise ValueError(f"lazy module {name!r} has no weights yet; run one forward pass before preconditioning it")
-        _check_whole(name, module, parameters)
         names.append(name)
         patterns = [pattern for pattern in skip if _matches(name, pattern)]
         matched.update(patterns)
@@ -180,7 +178,7 @@ def _obstacle(module: nn.Module) -> str | None:
     if weight is None:
         return f"its {names[0]} is not a plain parameter"
     if not weight.requires_grad:
-        return FROZEN.format(names[0])
+        return f"its {names[0]} is frozen"
     extra = set(module._parameters) - set(names)
     if extra:
         return f"{kind} holds further parameters: {', '.join(sorted(extra))}"
@@ -189,11 +187,6 @@ def _obstacle(module: nn.Module) -> str | None:
         if held is not None and held.dtype not in DTYPES:
             return f"its {name} is {str(held.dtype).removeprefix('torch.')}, and only real floating point is supported"
     return FAMILIES[family].obstacle(module)
-
-
-def is_frozen(reason: str) -> bool:
-    """Whether a module is left out because its weight is frozen alone."""
-    return reason.endswith(FROZEN.removeprefix("its {}"))
 
 
 def qualified(kind: type) -> str:
@@ -205,13 +198,16 @@ def qualified(kind: type) -> str:
 
 def _check_whole(name: str, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     """Refuses weights of which this rank has only a part."""
-    for kind in (*type(module).__mro__, *(cls for p in parameters for cls in type(p).__mro__)):
-        if kind.__name__ in SHARDED and kind.__module__.startswith("torch.distributed"):
-            raise ValueError(
-                f"module {name or 'the model'!r} has its weights sharded over ranks ({qualified(kind)}), but a layer is"
-                " preconditioned as a whole: give the model unsharded, with torch's DistributedDataParallel, Horovod or"
-                " hpc_kfac.OwnerOptimizer, which keeps the optimizer's state on one rank each"
-            )
+    classes = [kind for thing in (module, *parameters) for kind in type(thing).__mro__]
+    kinds = [kind for kind in classes if kind.__name__ in SHARDED]
+    found = [qualified(kind) for kind in kinds if kind.__module__.startswith("torch.distributed")]
+    found += ["FSDP" for parameter in parameters if hasattr(parameter, "_fsdp_flattened")]
+    if found:
+        raise ValueError(
+            f"module {name or 'the model'!r} has its weights sharded over ranks ({found[0]}), but a layer is"
+            " preconditioned as a whole: give the model unsharded, with torch's DistributedDataParallel, Horovod or"
+            " hpc_kfac.OwnerOptimizer, which keeps the optimizer's state on one rank each"
+        )
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -147,3 +147,31 @@ def test_a_layer_that_another_rank_calls_is_not_taken_for_uncalled(comm):
         assert torch.equal(model.c.weight.grad, raw)
     assert list(preconditioner.capture.layers) == ["a", "b"]
     assert [out.name for out in preconditioner.capture.left_out] == ["c"]
+
+
+@pytest.mark.ranks(2)
+def test_freezing_under_horovod(comm):
+    """Which goes on giving a frozen weight a gradient of zeros, by which the optimizer's momentum would move it."""
+    import horovod.torch as hvd
+
+    hvd.init()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = hvd.DistributedOptimizer(sgd, named_parameters=model.named_parameters())
+    preconditioner = hk.Preconditioner(model, optimizer, schedule=hk.Schedule(1, 1), comm=comm)
+    seen = []
+    for step in range(6):
+        if step in (2, 4):
+            model[0].requires_grad_(step == 4)
+        optimizer.zero_grad()
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(10 * step + comm.rank))
+        model(x).square().mean().backward()
+        optimizer.synchronize()
+        assert preconditioner.step().applied
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        seen.append(model[0].weight.detach().clone())
+    assert torch.equal(seen[1], seen[3]) and not torch.equal(seen[3], seen[5])
+    first = comm.bcast(seen[5])
+    assert torch.equal(seen[5], first)

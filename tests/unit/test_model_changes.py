@@ -252,7 +252,7 @@ REFUSED = {
     "pruned": (lambda m: prune.l1_unstructured(m[2], "weight", 0.5), "layer '2': its weight is not a plain parameter"),
     "weight_norm": (lambda m: nn.utils.parametrizations.weight_norm(m[2]), "layer '2': its weight is parametrized"),
     "spectral_norm": (lambda m: nn.utils.spectral_norm(m[2]), "layer '2': its weight is not a plain parameter"),
-    "tied": (tied, "layer '4': tied with 5, which it was not .* make the preconditioner after that"),
+    "tied": (tied, "layer '4': tied with 5, which was not so .* make the preconditioner after that"),
     "forward": (forward_patched, "layer '2': torch.nn.Linear has a forward of its own"),
     "frozen": (lambda m: m.requires_grad_(False), "no parameter of the model requires a gradient at step"),
     "meta": (meta, "its weight was moved from cpu to meta|another one than when"),
@@ -279,6 +279,25 @@ def test_what_is_refused_from_the_start():
         preconditioner.step()
     with pytest.raises(ValueError, match="layer '0' is on the meta device and has no values"):
         hk.Preconditioner(net().to("meta"))
+
+
+def test_sharded_weights_are_refused_before_and_after():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        run = Run(comm="serial")
+        run.step(0)
+        run.sgd.zero_grad()
+        torch.distributed.fsdp.fully_shard(run.model, mesh=mesh)
+        with pytest.raises(hk.Refused, match="module '0' has its weights sharded over ranks .*DTensor"):
+            run.preconditioner.step()
+        with pytest.raises(ValueError, match="has its weights sharded over ranks"):
+            hk.Preconditioner(run.model, comm="serial")
+        whole = torch.distributed.fsdp.FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match="has its weights sharded over ranks"):
+            hk.Preconditioner(whole, comm="serial")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_unfrozen_layer_that_the_optimizer_does_not_have_is_told():
