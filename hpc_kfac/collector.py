@@ -49,6 +49,7 @@ class Collector:
         notices: for what a user should know of the passes.
 
     Attributes:
+        left: layers that no rank takes statistics of in the present step.
         folds: how often statistics were folded; the first time they become the running averages.
 
     Raises:
@@ -80,6 +81,7 @@ class Collector:
         self._notices = notices
         self._doubts = Doubts(capture, notices, micro_batches, getattr(method, "relative_damping", None) is True)
         self.folds = 0
+        self.left: frozenset[str] = frozenset()
         self._undisturbed = 0.0
         capture.keep_output_gradients = fisher == "empirical"
         capture.on_boundary = self._next_micro_batch
@@ -235,7 +237,8 @@ class Collector:
 
     def _fold(self, name: str) -> None:
         """Folds a layer's statistics into its running averages, which stay weighted by what they are means over."""
-        decay, terms = self._method.decay, self._terms.of(name, self._micro_batches - self._passes[name])
+        decay, missed = self._method.decay, self._micro_batches - self._passes[name]
+        terms = 0.0 if name in self.left and not self._passes[name] else self._terms.of(name, missed)
         merged, state = self._merged.pop(name, Merged()), self._states[name]
         share = 1.0 - decay if self.folds else 1.0
         fold(self._method, self._shapes[name], state, merged, terms, self._ranks, decay, share)

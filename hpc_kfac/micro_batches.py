@@ -105,7 +105,7 @@ def fold(
     if not merged.state:
         for weight in state.weights.values():
             weight.skip(decay, share * everything)
-        if ranks > 1:
+        if ranks > 1 and everything > 0:
             method.skip(state.running, everything, shape)
         return
     found = method.complete(merged.state, Terms(merged.weights["terms"], everything, ranks), state.view(), shape)

@@ -298,7 +298,7 @@ class Preconditioner:
         if self._check_weights_every and self.steps % self._check_weights_every == 0 and self._comm.size > 1:
             check_weights(dict(self._model.named_parameters()), self.trainers, self.steps)
         self._changes.look(self.steps == 0 or self._due.statistics, self._collects)
-        found = self._changes.found
+        found, self._collector.left = self._changes.found, self._changes.left
         if found or self._changes.left != self._executor.left:
             self._executor.leave(self._changes.left)
         rules = self._base.rules()
