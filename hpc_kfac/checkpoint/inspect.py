@@ -19,6 +19,7 @@ from hpc_kfac.checkpoint.manifest import COMMON, Manifest, rank_file, read_manif
 from hpc_kfac.checkpoint.sets import list_sets, prune, set_name, step_of, superfluous, verify
 from hpc_kfac.checkpoint.state import mean_buffers
 from hpc_kfac.checkpoint.tree import Tree
+from hpc_kfac.checkpoint.values import from_tree
 
 ROLES = ("running", "solved", "remembered")
 SETTINGS = "run/settings"
@@ -166,7 +167,7 @@ def description(path: Path, conditions: bool = True) -> str:
     curvature = common.get("preconditioner")
     if curvature is None:
         return "\n".join([*lines, "no preconditioner"])
-    damping = ", ".join(f"{name} {_number(value)}" for name, value in curvature.get("damping", {}).items())
+    damping = ", ".join(f"{name} {_number(value)}" for name, value in from_tree(curvature.get("damping", {})).items())
     counts = ", ".join(f"{curvature[name]} {name}" for name in ("steps", "skipped", "failures") if name in curvature)
     lines.append(f"method {curvature.get('method')}: {counts}; damping: {damping}")
     layers, waiting = _layers(found, manifest, curvature, conditions)
@@ -356,7 +357,7 @@ def export(path: Path, out: Path) -> str:
     found = one_set(path)
     manifest = read_manifest(found)
     common, _ = _read(found, manifest, COMMON)
-    weights = dict(common.get("model", {}))
+    weights = {name: value for name, value in common.get("model", {}).items() if isinstance(value, Tensor)}
     if not weights:
         raise BrokenCheckpoint(f"{found} holds no model: it was not written by hpc_kfac")
     shares = (_read(found, manifest, rank_file(rank))[0] for rank in range(manifest.ranks))

@@ -15,7 +15,7 @@ from hpc_kfac.checkpoint.manifest import rank_file
 from hpc_kfac.checkpoint.reading import Result, Saved, find, together
 from hpc_kfac.checkpoint.sets import set_name
 from hpc_kfac.checkpoint.staging import Staging
-from hpc_kfac.checkpoint.state import collect_local, keep, prepare
+from hpc_kfac.checkpoint.state import add_curvature, collect_local, curvature, keep, prepare
 from hpc_kfac.checkpoint.tree import Tree
 from hpc_kfac.checkpoint.values import as_tree, from_tree
 from hpc_kfac.checkpoint.writer import Checkpointing, Checkpoints, attempt, write_trees
@@ -62,8 +62,7 @@ def save(
         common, own = _collected(ranks, model, optimizer, extra if extra is not None and ranks.rank == 0 else {})
         checkpoints = Checkpoints(Path(folder), Checkpointing(keep_last=keep_last, keep_best=False), ranks, _quiet)
         if preconditioner is not None:
-            common["preconditioner"], share = preconditioner.share()
-            own |= share
+            add_curvature(common, own, preconditioner)
         helpers = preconditioner.order_save(step) if preconditioner is not None else list
         checkpoints.save(step, common, own, {}, helpers)
         checkpoints.close()
@@ -117,7 +116,7 @@ def serve(preconditioner: Preconditioner, folder: str | Path, path: str | Path |
     """
     if path is not None:
         saved = find(Path(path), preconditioner.trainers, _quiet)
-        preconditioner.load_shares(saved.common["preconditioner"], saved.of)
+        preconditioner.load_shares(curvature(saved.common), saved.of)
         saved.forget()
     rank = preconditioner.comm.rank
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any, Protocol
 
@@ -42,9 +43,33 @@ def collect(
     """
     common, own = collect_local(model, optimizer)
     if preconditioner is not None:
-        common["preconditioner"], share = preconditioner.share()
-        own |= share
+        add_curvature(common, own, preconditioner)
     return common, own
+
+
+def add_curvature(common: Tree, own: Tree, preconditioner: Curvature) -> None:
+    """Adds what is saved of a preconditioner. Collective.
+
+    Raises:
+        TypeError: its damping keeps something that a checkpoint cannot hold.
+    """
+    counters, share = preconditioner.share()
+    if "damping" in counters:  # may be a user's own
+        counters["damping"] = as_tree(counters["damping"], "damping.state_dict()")
+    common["preconditioner"] = counters
+    own |= share
+
+
+def curvature(common: Mapping[str, Any]) -> dict[str, Any]:
+    """What was added, as `Preconditioner.share` gave it.
+
+    Raises:
+        ValueError: nothing was.
+    """
+    if "preconditioner" not in common:
+        raise ValueError("the checkpoint has no preconditioner; load it without one")
+    counters = dict(common["preconditioner"])
+    return counters | {name: from_tree(counters[name]) for name in ("damping",) if name in counters}
 
 
 def collect_local(model: nn.Module, optimizer: Optimizer | OwnerOptimizer | None) -> tuple[Tree, Tree]:
@@ -53,8 +78,8 @@ def collect_local(model: nn.Module, optimizer: Optimizer | OwnerOptimizer | None
     Raises:
         TypeError: the model or the optimizer keeps something that a checkpoint cannot hold.
     """
-    common: Tree = {"model": _tensors(model.state_dict())}
-    own: Tree = {"buffers": _tensors(_own_buffers(model)), "rng": random_state()}
+    common: Tree = {"model": _weights(model.state_dict())}
+    own: Tree = {"buffers": _weights(_own_buffers(model)), "rng": random_state()}
     if optimizer is not None:
         common["optimizer"], state = _optimizer(optimizer, model)
         if isinstance(optimizer, OwnerOptimizer):
@@ -95,11 +120,10 @@ def prepare(
     """
     weights = common["model"]
     _check_model(model, weights)
-    parts: list[Callable[[], Any]] = [lambda: model.load_state_dict(dict(weights))]
+    values = {name: from_tree(value) for name, value in weights.items()}
+    parts: list[Callable[[], Any]] = [lambda: model.load_state_dict(values)]
     if preconditioner is not None:
-        if "preconditioner" not in common:
-            raise ValueError("the checkpoint has no preconditioner; load it without one")
-        parts.append(preconditioner.prepare_shares(common["preconditioner"], of))
+        parts.append(preconditioner.prepare_shares(curvature(common), of))
     if optimizer is not None:
         if "optimizer" not in common:
             raise ValueError("the checkpoint has no optimizer; load it without one")
@@ -133,6 +157,11 @@ def keep(
     """
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copies = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors.values()]
+    more = [
+        (module, deepcopy(module.get_extra_state()))
+        for module in model.modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    ]
     parts = [_keep_optimizer(inner) for inner in _optimizers(_inner(optimizer))] if optimizer is not None else []
     if preconditioner is not None:
         parts.append(preconditioner.keep())
@@ -142,6 +171,8 @@ def keep(
     def put_back() -> None:
         for tensor, copy in copies:
             tensor.copy_(copy)
+        for module, value in more:
+            module.set_extra_state(value)
         for part in parts:
             part()
 
@@ -159,14 +190,18 @@ def mean_buffers(buffers: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 # Model
 
 
-def _tensors(named: Mapping[str, Any]) -> Tree:
+def _weights(named: Mapping[str, Any]) -> Tree:
+    found: Tree = {}
     for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} in the model's state is a {type(value).__name__}; only tensors can be saved")
+        about = f"{name} in the model's state"
+        if not isinstance(value, Tensor):  # of a module's get_extra_state
+            found[name] = as_tree(value, about)
+            continue
         if callable(getattr(value, "full_tensor", None)):
-            raise refusal(value, f"{name} in the model's state")
-        check_tensor(value, f"{name} in the model's state")
-    return {name: value.detach() for name, value in named.items()}
+            raise refusal(value, about)
+        check_tensor(value, about)
+        found[name] = value.detach()
+    return found
 
 
 def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -176,7 +211,7 @@ def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in named.items() if buffer.is_floating_point()}
 
 
-def _check_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+def _check_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
     present = model.state_dict()
     for name in sorted(set(present) ^ set(saved)):
         where = "the model has it, the checkpoint has not" if name in present else "the checkpoint has it alone"
@@ -185,7 +220,11 @@ def _check_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
         _check_tensor(name, saved[name], tensor)
 
 
-def _check_tensor(name: str, saved: Tensor, present: Tensor) -> None:
+def _check_tensor(name: str, saved: Any, present: Any) -> None:
+    if not isinstance(present, Tensor):
+        return
+    if not isinstance(saved, Tensor):
+        raise ValueError(f"{name} is no tensor in the checkpoint; load into the model that was saved")
     if present.shape != saved.shape:
         raise ValueError(
             f"{name} has shape {tuple(saved.shape)} in the checkpoint and {tuple(present.shape)} in the model;"

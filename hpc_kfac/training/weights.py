@@ -149,7 +149,7 @@ def _weights_of_checkpoint(saved: Saved, model: nn.Module) -> dict[str, Tensor]:
     """Of a checkpoint's model; what each rank had of its own, as running statistics, is averaged."""
 
     def read() -> dict[str, Tensor]:
-        weights = dict(saved.common["model"])
+        weights = {name: value for name, value in saved.common["model"].items() if isinstance(value, Tensor)}
         if _has_own_buffers(model):
             weights |= mean_buffers([saved.of(rank)["buffers"] for rank in range(saved.trainers)])
         return weights

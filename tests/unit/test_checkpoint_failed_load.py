@@ -36,6 +36,16 @@ class Net(nn.Module):
 class HalfLoaded(Net):
     """Fails in the middle of its own loading."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = {1: (2, 3)}
+
+    def get_extra_state(self) -> Any:
+        return self.more
+
+    def set_extra_state(self, state: Any) -> None:
+        self.more = state
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         super().load_state_dict(*args, **kwargs)
         raise AttributeError("half of it")
@@ -175,7 +185,11 @@ OTHERS: dict[str, tuple[Callable[[], Training], Callable[[Path], Any], str]] = {
         lambda folder: rewritten(folder, "common.h5", lambda t: t["extra"].update(a={"is a": "posix.system"})),
         "'posix.system', which this version does not know",
     ),
-    "half a model": (lambda: training(HalfLoaded), NOTHING, "cannot be loaded: AttributeError: half of it"),
+    "half a model": (
+        lambda: training(HalfLoaded),
+        lambda folder: rewritten(folder, "common.h5", lambda t: t["model"].update(_extra_state=5)),
+        "cannot be loaded: AttributeError: half of it",
+    ),
     "half an optimizer": (
         lambda: training(optimizer=lambda m: HalfSGD(m.parameters(), lr=0.1, momentum=0.9)),
         NOTHING,

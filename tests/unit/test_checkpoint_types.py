@@ -21,6 +21,7 @@ from pytorch_optimizer import SOAP
 from torch import nn
 from torch.optim import lr_scheduler
 
+import hpc_kfac as hk
 from hpc_kfac import checkpoint, cli
 from hpc_kfac.checkpoint.image import build, parse, tensor_bytes
 from hpc_kfac.checkpoint.staging import Staging
@@ -305,6 +306,59 @@ def test_what_training_loops_keep(tmp_path: Path) -> None:
     random.setstate(found["python"])
     np.random.set_state(found["numpy"])  # noqa: NPY002
     np.random.default_rng().bit_generator.state = found["generator"]
+
+
+class WithMore(nn.Linear):
+    """Keeps more than tensors in its state dict."""
+
+    more: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.more
+
+    def set_extra_state(self, state: Any) -> None:
+        self.more = state
+
+
+class OwnDamping(hk.Damping):
+    """Remembers by numbers."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(value)
+        self.seen: dict[Any, Any] = {}
+
+    def state_dict(self) -> dict[Any, Any]:
+        return {"seen": self.seen, **super().state_dict(), 7: np.float32(0.5)}
+
+    def load_state_dict(self, state: Any) -> None:
+        super().load_state_dict(state)
+        self.seen = state["seen"]
+
+
+def test_what_a_model_and_a_damping_keep_beside_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def setup() -> tuple[nn.Module, hk.Preconditioner]:
+        model = nn.Sequential(WithMore(2, 2), nn.Linear(2, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return model, hk.Preconditioner(model, optimizer, method=hk.KFAC(damping=OwnDamping(0.25)))
+
+    model, preconditioner = setup()
+    model[0].more = {0: (1, torch.ones(2)), "scales": deque([1.0], 3)}
+    preconditioner.damping.seen = {1: (2, None)}  # type: ignore[attr-defined]
+    checkpoint.save(tmp_path, 1, model=model, preconditioner=preconditioner)
+    other, after = setup()
+    other[0].more = 3
+    checkpoint.load(tmp_path, model=other, preconditioner=after)
+    assert same(other[0].more, model[0].more)
+    assert same(after.damping.state_dict(), preconditioner.damping.state_dict())
+    for words in (["show"], ["export", tmp_path / "out.pt"]):
+        assert cli.main(["checkpoint", words[0], str(tmp_path), *map(str, words[1:])]) in (0, None)
+    assert "damping: " in capsys.readouterr().out
+    assert set(torch.load(tmp_path / "out.pt")) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    model[0].more = Colour.RED
+    with pytest.raises(TypeError, match="0._extra_state in the model's state is <Colour.RED: 1> .* save its .value"):
+        checkpoint.save(tmp_path, 2, model=model)
+    preconditioner.remove()
+    after.remove()
 
 
 # Optimizers
