@@ -28,8 +28,28 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return total
 
 
-def check_weights(parameters: Mapping[str, nn.Parameter], comm: Communicator, step: int) -> None:
+DRIFTED = (
+    "the weights have drifted apart",
+    "look for ranks with other data types, libraries or hardware, for weights that one rank alone changes, and for"
+    " all_local decompositions on unlike machines",
+)
+STARTED = (
+    "the ranks start from different weights",
+    "give all ranks rank 0's before the first step: hvd.broadcast_parameters(model.state_dict(), root_rank=0) with"
+    " Horovod, DistributedDataParallel does it by itself; or make the model after torch.manual_seed(0) on all ranks",
+)
+
+
+def check_weights(
+    parameters: Mapping[str, nn.Parameter], comm: Communicator, step: int, told: tuple[str, str] = DRIFTED
+) -> None:
     """Compares this rank's weights with rank 0's. Collective; two messages of a number a parameter and one a rank.
+
+    Args:
+        parameters: by name.
+        comm: the ranks.
+        step: of the training.
+        told: what a difference means, and its mend.
 
     Raises:
         WeightsDiffer: on all ranks, naming the first parameter that differs and the ranks where it does.
@@ -44,14 +64,13 @@ def check_weights(parameters: Mapping[str, nn.Parameter], comm: Communicator, st
     work.wait()
     worst = int(found.min())
     if worst < len(names):
-        ranks = _listed(rank for rank, value in enumerate(found.flatten().tolist()) if value == worst)
+        ranks = listed(rank for rank, value in enumerate(found.flatten().tolist()) if value == worst)
         raise WeightsDiffer(
-            f"step {step}: the weights have drifted apart: {names[worst]} on rank(s) {ranks} differs from rank 0's;"
-            " look for ranks with other data types, libraries or hardware, for weights that one rank alone changes, and"
-            " for all_local decompositions on unlike machines"
+            f"step {step}: {told[0]}: {names[worst]} on rank(s) {ranks} differs from rank 0's; {told[1]}"
         )
 
 
-def _listed(ranks: Iterable[int]) -> str:
+def listed(ranks: Iterable[int]) -> str:
+    """Ranks in words, eight at most by number."""
     listed = [str(rank) for rank in ranks]
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

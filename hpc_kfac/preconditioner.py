@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from hpc_kfac import saved_state
 from hpc_kfac.agreement import Agreed
+from hpc_kfac.alike import check_alike, check_averaged, check_synchronized, describe, parameters_of
 from hpc_kfac.attachments import Attachments
 from hpc_kfac.base_optimizer import BaseOptimizer, Rule
 from hpc_kfac.collector import Collector, FisherSource
-from hpc_kfac.consistency import check_weights
+from hpc_kfac.consistency import DRIFTED, STARTED, check_weights
 from hpc_kfac.costs import make_problem, refresh_flops, resident_bytes
 from hpc_kfac.damping import LevenbergMarquardt, as_damping
 from hpc_kfac.distributed import (
@@ -112,8 +113,8 @@ class Preconditioner:
 
     Raises:
         ValueError: a model without a layer that can be captured, KLClip without an optimizer, no `comm` where
-            torch.distributed, Horovod or MPI has several processes, an optimizer with a momentum of 1 under a length
-            rule, or `LevenbergMarquardt` where its ratio steers nothing.
+            torch.distributed, Horovod or MPI has several processes, other layers or settings than on rank 0, an
+            optimizer with a momentum of 1 under a length rule, or `LevenbergMarquardt` where its ratio steers nothing.
     """
 
     def __init__(
@@ -150,6 +151,8 @@ class Preconditioner:
         self.skipped = 0
         self.retired = self._closed = False
         self.timings: dict[str, float] = defaultdict(float)
+        self._comm = communicator(comm)
+        self._comm_is_lent = self._comm is comm
         self.capture = Capture(
             model,
             skip=skip,
@@ -159,6 +162,23 @@ class Preconditioner:
         )
         modules = {name: layer.module for name, layer in self.capture.layers.items()}
         self._attachments = Attachments(self, modules, self.capture.place, self.capture.remove)
+        self._checked = self._comm.size == 1
+        self._check_alike(
+            {
+                "method": self.method,
+                "placement": placement or Kaisa(),
+                "schedule": self.schedule,
+                "step_control": step_control,
+                "fisher": fisher,
+                "precision": self.precision,
+                "weight_sharing": weight_sharing,
+                "seed": seed,
+                "max_skipped": max_skipped,
+                "micro_batches": micro_batches,
+                "check_weights_every": check_weights_every,
+                "stall_seconds": stall_seconds,
+            }
+        )
         if not self.capture.layers:
             raise ValueError(f"the model has no layer that can be captured. {self.capture.summary()}")
         self._resting: dict[str, Resting] = {}
@@ -168,8 +188,6 @@ class Preconditioner:
         self._max_skipped = max_skipped
         self._check_weights_every = check_weights_every
         self._skipped_in_row = 0
-        self._comm = communicator(comm)
-        self._comm_is_lent = self._comm is comm
         self.notices = Notices(self._comm.rank)
         self._watchdog = None
         if stall_seconds is not None and isinstance(self._comm, MPICommunicator) and self._comm.size > 1:
@@ -288,15 +306,15 @@ class Preconditioner:
         Raises:
             TrainingDiverged: more than `max_skipped` steps in a row were not finite; on all ranks alike.
             RuntimeError: the step had more passes than `micro_batches`.
-            Refused: the sampled or exact Fisher without `observe`.
-            WeightsDiffer: the ranks' weights have drifted apart; on all ranks alike.
-            Refused: it was removed or replaced by a later one; it comes twice for one backward pass; or the optimizer
-                has none of the model's parameters, on all ranks alike.
+            Refused: the sampled or exact Fisher without `observe`; gradients that are not averaged, as the first step
+                and checks of weights find, on all ranks alike; it was removed or replaced by a later one; it comes
+                twice for one backward pass; or the optimizer has none of the model's parameters, on all ranks alike.
+            WeightsDiffer: the ranks' weights differ in the first step, or have drifted apart; on all ranks alike.
         """
         self._attachments.check()
         self._written.check(self.notices, refuse=self._base.optimizer is not None)
-        if self._check_weights_every and self.steps % self._check_weights_every == 0 and self._comm.size > 1:
-            check_weights(dict(self._model.named_parameters()), self.trainers, self.steps)
+        if self._comm.size > 1:
+            self._check_ranks()
         self._changes.look(self.steps == 0 or self._due.statistics, self._collects)
         found, self._collector.left = self._changes.found, self._changes.left
         if found or self._changes.left != self._executor.left:
@@ -636,6 +654,26 @@ class Preconditioner:
         if kept != self._problem.momentum:
             self._problem = replace(self._problem, momentum=kept)
         return found
+
+    def _check_alike(self, settings: Mapping[str, Any]) -> None:
+        try:
+            check_alike(describe(self.capture.layers, settings), self._comm)
+        except ValueError:  # of all ranks
+            if not self._comm_is_lent:
+                self._comm.free()
+            raise
+
+    def _check_ranks(self) -> None:
+        """Whether all ranks still have the same weights, and averaged gradients."""
+        check_synchronized(self._base.optimizer)
+        due = self._check_weights_every and self.steps % self._check_weights_every == 0
+        if self._checked and not due:
+            return
+        weights = dict(self._model.named_parameters()) if due else parameters_of(self.capture.layers)
+        check_weights(weights, self.trainers, self.steps, DRIFTED if self._checked else STARTED)
+        if self._problem.share:
+            check_averaged(self.capture.layers, self.trainers, self.steps)
+        self._checked = True
 
     def _free_communicators(self) -> None:
         """On all ranks, helpers included. A `Communicator` that was passed as `comm` is left as it is."""

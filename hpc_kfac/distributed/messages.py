@@ -33,3 +33,13 @@ def from_first(comm: Communicator, text: str) -> str:
     data = encode(text)
     comm.broadcast(data, 0, "control", "checkpoint").wait()
     return decode(data)
+
+
+def long_text_of_first(comm: Communicator, text: str) -> str:
+    """Rank 0's text of any length, on all ranks. Collective."""
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    length = torch.tensor([len(data)])
+    comm.broadcast(length, 0, "control", "length of a text").wait()
+    data = data if comm.rank == 0 else torch.empty(int(length), dtype=torch.uint8)
+    comm.broadcast(data, 0, "control", "text").wait()
+    return bytes(data.tolist()).decode(errors="replace")
