@@ -2,7 +2,7 @@
 
 from hpc_kfac.consistency import WeightsDiffer
 from hpc_kfac.damping import AnnealedDamping, Damping, LevenbergMarquardt, ScheduledDamping
-from hpc_kfac.distributed import Kaisa, Rates
+from hpc_kfac.distributed import Kaisa, Rates, last_words
 from hpc_kfac.fisher import BinaryCrossEntropy, CrossEntropy, OutputDistribution, SquaredError
 from hpc_kfac.layers import (
     CapturedLayer,
@@ -67,3 +67,5 @@ __all__ = [
     "WeightsDiffer",
     "register_layer",
 ]
+
+last_words.install()

@@ -179,8 +179,6 @@ class Preconditioner:
                 "stall_seconds": stall_seconds,
             }
         )
-        if not self.capture.layers:
-            raise ValueError(f"the model has no layer that can be captured. {self.capture.summary()}")
         self._resting: dict[str, Resting] = {}
         self.states = States(self._resting, self.capture.layers)
         self._device = next(model.parameters()).device
@@ -658,6 +656,8 @@ class Preconditioner:
     def _check_alike(self, settings: Mapping[str, Any]) -> None:
         try:
             check_alike(describe(self.capture.layers, settings), self._comm)
+            if not self.capture.layers:
+                raise ValueError(f"the model has no layer that can be captured. {self.capture.summary()}")
         except ValueError:  # of all ranks
             if not self._comm_is_lent:
                 self._comm.free()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hpc_kfac.distributed import last_words
 from hpc_kfac.distributed.buffers import BufferPool
 from hpc_kfac.distributed.monitor import Monitor, Posting
 from hpc_kfac.distributed.world import SERIAL, refuse_forgotten
@@ -114,6 +115,8 @@ class Communicator(ABC):
         self._children: list[Communicator] = []
         self._parent: Communicator | None = None
         self._freed = False
+        if family is None and len(self.members) > 1:
+            last_words.joined(self)
 
     @property
     def traffic(self) -> Counter[str]:
@@ -200,6 +203,7 @@ class Communicator(ABC):
         if self._freed:
             return
         self._freed = True
+        last_words.left(self)
         for child in reversed(self._children[:]):
             child.free()
         if self._parent is None:

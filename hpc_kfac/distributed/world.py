@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,7 +64,13 @@ def _torch() -> World | None:
 
 
 def _mpi() -> World | None:
+    mpi = find_mpi()
+    return None if mpi is None else World("MPI", mpi.COMM_WORLD.rank, mpi.COMM_WORLD.size, "MPI.COMM_WORLD")
+
+
+def find_mpi() -> Any:
+    """mpi4py's MPI where it runs with several ranks, else None."""
     mpi = getattr(sys.modules.get("mpi4py"), "MPI", None)
     if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized() or mpi.COMM_WORLD.size == 1:
         return None
-    return World("MPI", mpi.COMM_WORLD.rank, mpi.COMM_WORLD.size, "MPI.COMM_WORLD")
+    return mpi

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from hpc_kfac import stack
-from hpc_kfac.distributed.watchdog import stop_all
+from hpc_kfac.distributed.last_words import leave_mpi
 from hpc_kfac.distributed.world import SERIAL
 from hpc_kfac.training.datasets import DataError
 
@@ -209,7 +209,7 @@ def end(error: BaseException, ranks: Ranks) -> NoReturn:
             _say(f"hpc-kfac: {error}")
         if ranks.comm is not None:
             ranks.comm.Barrier()  # mpirun kills the others, rank 0's message included, as soon as one has exited
-            _leave_mpi()
+            leave_mpi()
         sys.exit(code)
     who = f"rank {ranks.rank} of {ranks.size}: " if ranks.size > 1 else ""
     _say(f"hpc-kfac: {who}{error}" if isinstance(error, EXPECTED) else who + traceback.format_exc())
@@ -228,17 +228,6 @@ def _all_arrived(ranks: Ranks, seconds: float = 3.0) -> bool:
             return False
         time.sleep(0.01)
     return True
-
-
-def _leave_mpi() -> None:
-    """Shuts MPI down in order: exiting with an error code from within it would add a page about MPI_ABORT."""
-    from mpi4py import MPI
-
-    stop_all()
-    horovod = sys.modules.get("horovod.torch")
-    if horovod is not None and horovod.is_initialized():
-        horovod.shutdown()
-    MPI.Finalize()
 
 
 def _say(text: str) -> None:
