@@ -305,9 +305,9 @@ def communicator(comm: Any) -> Communicator:
         from hpc_kfac.distributed.torch_backend import TorchCommunicator
 
         return TorchCommunicator(comm)
-    given = repr(comm) if isinstance(comm, str) else f"a {type(comm).__name__}"
+    value = f" ({comm!r})" if isinstance(comm, str) else ""
     raise TypeError(
-        f"comm is {given}; pass MPI.COMM_WORLD, a torch.distributed process group, None for one process, "
+        f"comm is a {type(comm).__name__}{value}; pass MPI.COMM_WORLD, a torch.distributed process group, None for one process, "
         f'or "{SERIAL}" for a process that works alone beside others'
     )
 
