@@ -307,8 +307,8 @@ def communicator(comm: Any) -> Communicator:
         return TorchCommunicator(comm)
     value = f" ({comm!r})" if isinstance(comm, str) else ""
     raise TypeError(
-        f"comm is a {type(comm).__name__}{value}; pass MPI.COMM_WORLD, a torch.distributed process group, None for one process, "
-        f'or "{SERIAL}" for a process that works alone beside others'
+        f"comm is a {type(comm).__name__}{value}; pass MPI.COMM_WORLD, a torch.distributed process group, None for one"
+        f' process, or "{SERIAL}" for a process that works alone beside others'
     )
 
 
