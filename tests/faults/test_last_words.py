@@ -47,7 +47,7 @@ def job(
     script = folder / "train.py"
     script.write_text(PROGRAM.format(world=world, comm=comm, body=body))
     command = [mpirun(), "-n", "2", sys.executable, *runner, str(script)]
-    result = run(command, 90, {**launch_environment(), "PYTHONPATH": str(ROOT)}, folder)
+    result = run(command, 240, {**launch_environment(), "PYTHONPATH": str(ROOT)}, folder)
     assert not result.timed_out, result.output
     assert result.rc != 0 and "came through" not in result.output, result.output
     return result

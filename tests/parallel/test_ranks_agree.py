@@ -41,7 +41,7 @@ def made(monkeypatch):
     return found
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(3, timeout=400)
 def test_a_forgotten_comm_is_refused(comm, tmp_path):
     for call in (lambda: hk.Preconditioner(net()), lambda: checkpoint.save(tmp_path, 1, model=net())):
         with pytest.raises(ValueError, match=r"MPI has 3 processes.*pass comm=MPI.COMM_WORLD, or comm=\"serial\""):
@@ -55,13 +55,13 @@ def test_a_forgotten_comm_is_refused(comm, tmp_path):
         hk.Preconditioner(net(), comm="alone")
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(3, timeout=400)
 def test_a_forgotten_process_group_is_refused(comm, process_group):
     with pytest.raises(ValueError, match=r"torch.distributed has 3 processes.*comm=torch.distributed.group.WORLD"):
         hk.Preconditioner(net())
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(3, timeout=400)
 def test_checkpoints_free_their_communicators(comm, folder, made):
     for step in range(3):
         checkpoint.save(folder, step, model=net(), comm=comm)
@@ -72,7 +72,7 @@ def test_checkpoints_free_their_communicators(comm, folder, made):
     assert all(one == MPI.COMM_NULL for one in made)
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(3, timeout=400)
 def test_preconditioners_free_their_communicators(comm, made):
     for placement in PLACEMENTS:
         model = net()
@@ -87,7 +87,7 @@ def test_preconditioners_free_their_communicators(comm, made):
     assert all(one == MPI.COMM_NULL for one in made)
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(3, timeout=400)
 def test_a_communicator_of_the_users_stays(comm, made):
     carrier = communicator(comm)
     for _ in range(3):
@@ -99,7 +99,7 @@ def test_a_communicator_of_the_users_stays(comm, made):
     assert all(one == MPI.COMM_NULL for one in made)
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(3, timeout=400)
 def test_process_groups_are_used_again(comm, process_group):
     """Torch cannot destroy and make anew a group of the same ranks: they would hang."""
     groups = torch.distributed.distributed_c10d._world.pg_map
@@ -160,7 +160,7 @@ DIFFERENT = {
 }
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(3, timeout=400)
 def test_ranks_that_differ_are_refused_on_all(comm, made):
     for kind, (make, words) in DIFFERENT.items():
         model, settings = make(comm.rank == 2)
@@ -178,7 +178,7 @@ def backward(model: nn.Module, rank: int) -> None:
     model(x).square().mean().backward()
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(3, timeout=400)
 def test_other_weights_in_the_first_step_are_refused(comm):
     model = net(seed=comm.rank // 2)
     preconditioner = hk.Preconditioner(model, comm=comm)
@@ -194,7 +194,7 @@ def test_other_weights_in_the_first_step_are_refused(comm):
     preconditioner.remove()
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(3, timeout=400)
 def test_local_gradients_are_refused(comm, process_group):
     model = net()
     preconditioner = hk.Preconditioner(model, comm=comm, check_weights_every=2)
@@ -224,7 +224,7 @@ def test_local_gradients_are_refused(comm, process_group):
     preconditioner.remove()
 
 
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(3, timeout=400)
 def test_horovod_is_synchronized_first(comm):
     import horovod.torch as hvd
 
