@@ -36,7 +36,7 @@ def test_the_bound_of_a_step_does_not_depend_on_the_owners(comm):
     assert len(scales) == 1
 
 
-@pytest.mark.ranks(4)
+@pytest.mark.ranks(4, timeout=400)
 @pytest.mark.parametrize("name", RELATIVES)
 def test_placements_agree_bitwise(comm, name):
     """As the methods that are tested with the preconditioner."""
