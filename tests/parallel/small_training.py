@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import hpc_kfac as hk
 from hpc_kfac import checkpoint, methods
+from hpc_kfac.linalg.packing import Symmetric
 
 DOUBLE = hk.Precision(torch.float64, torch.float64, torch.float64)
 BATCH, STEPS = 37, 4  # no rank count divides it, and every factor has full rank, without which eigenbases are arbitrary
@@ -81,6 +82,13 @@ class AllKinds(nn.Module):
         image = self.group_norm(self.image(x)).tanh()
         volume = self.volume(image.unsqueeze(1)).tanh()
         return self.head(torch.cat([text.flatten(1), volume.flatten(1)], dim=1))
+
+
+def read_back(share: Any) -> Any:
+    """A share as a checkpoint gives it back: without marks of symmetry."""
+    if isinstance(share, Symmetric):
+        return share.matrix
+    return {key: read_back(value) for key, value in share.items()} if isinstance(share, dict) else share
 
 
 def shard(step: int, rank: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:

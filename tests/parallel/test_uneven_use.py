@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hpc_kfac as hk
-from parallel.small_training import average_gradients
+from parallel.small_training import average_gradients, read_back
 
 DOUBLE = hk.Precision(torch.float64, torch.float64, torch.float64)
 SHARES = (7, 10, 4)  # samples of each rank
@@ -47,6 +47,11 @@ def uses(step: int, rank: int) -> bool:
     return step != 1 and rank == step // 2
 
 
+def taking_turns(step: int, rank: int) -> bool:
+    """Somebody in every step."""
+    return rank == step % 2
+
+
 def make(name: str, comm: Any, **more: Any) -> tuple[Net, hk.Preconditioner]:
     model, kind = Net(), hk.METHODS[name]
     rows = {"rows": 64} if hasattr(kind, "rows") else {}
@@ -54,11 +59,10 @@ def make(name: str, comm: Any, **more: Any) -> tuple[Net, hk.Preconditioner]:
     preconditioner = hk.Preconditioner(
         model,
         method=kind(**rows, **relative),
-        schedule=hk.Schedule(1, 1),
+        **{"schedule": hk.Schedule(1, 1), **more},
         step_control=None,
         precision=DOUBLE,
         comm=comm,
-        **more,
     )
     return model, preconditioner
 
@@ -129,3 +133,63 @@ def test_ranks_and_micro_batches_together(comm):
         expected, found = whole(name, comm.size), spread(name, comm, micro_batches=2)
         for update, wanted in zip(found, expected, strict=True):
             assert float((update - wanted).norm() / wanted.norm()) < 1e-7, name
+
+
+def one_step(model: Net, preconditioner: hk.Preconditioner, step: int, ranks: Any, comm: Any = None) -> None:
+    """Of these ranks' samples, of which one takes each part in turn."""
+    model.zero_grad()
+    parts = [shard(step, rank) for rank in ranks]
+    outputs = torch.cat([model(x, taking_turns(step, rank)) for rank, (x, _) in zip(ranks, parts, strict=True)])
+    samples = sum(SHARES[: 1 if comm is None else comm.size])
+    scale = 1.0 if comm is None else len(outputs) * comm.size / samples
+    preconditioner.observe(outputs, loss_scale=scale)
+    (F.cross_entropy(outputs, torch.cat([labels for _, labels in parts])) * scale).backward()
+    zero_unused(model)
+    if comm is not None:
+        average_gradients(model, comm)
+    assert preconditioner.step().applied
+
+
+@pytest.mark.ranks(2, timeout=400)
+def test_saved_between_reductions(comm):
+    """The same ranks go on bit by bit; one process gets what one process would have had."""
+    settings = {"schedule": hk.Schedule(1, 2)}
+    for name in ("kfac", "ekfac"):
+        model, running = make(name, comm, **settings)
+        alone_model, alone = make(name, "serial", **settings)
+        for step in range(2):
+            one_step(model, running, step, [comm.rank], comm)
+            one_step(alone_model, alone, step, range(comm.size))
+        common, own = running.share()
+        shares = comm.allgather(read_back(own))
+        copies = [make(name, comm, **settings) for _ in range(2)]
+        copies[0][1].load_state_dict(running.state_dict())
+        copies[1][1].load_shares(common, shares.__getitem__)
+        for net, preconditioner in ((model, running), *copies):
+            one_step(net, preconditioner, 2, [comm.rank], comm)
+        assert all(torch.equal(updates(copy), updates(running)) for _, copy in copies), name
+        _, single = make(name, "serial", **settings)
+        single.load_shares(common, shares.__getitem__)
+        for layer, wanted in alone.states.items():
+            found = single.states[layer]
+            for key, tensor in wanted.running.items():
+                torch.testing.assert_close(found.running[key], tensor)
+                spec = alone._problem.spec[layer, key]
+                weights = [state.weights[spec.reduce_at].of(spec.over) for state in (found, wanted)]
+                assert weights[0] == pytest.approx(weights[1]), (name, layer, key)
+
+
+@pytest.mark.ranks(3, timeout=400)
+def test_helpers_solve_for_trainers_that_take_turns(comm):
+    settings = {"placement": hk.Kaisa(helpers=1), "schedule": hk.Schedule(1, 1)}
+    model, preconditioner = make("kfac", comm, **settings)
+    trainers = comm.Split(int(comm.rank == 2))
+    if comm.rank == 2:
+        preconditioner.serve()
+        return
+    alone_model, alone = make("kfac", "serial")
+    for step in range(STEPS):
+        one_step(model, preconditioner, step, [comm.rank], trainers)
+        one_step(alone_model, alone, step, range(2))
+        torch.testing.assert_close(updates(preconditioner), updates(alone))
+    preconditioner.close()
