@@ -177,7 +177,9 @@ class Agreement:
             values += [bounded.get(name, 0.0) if finite else 0.0 for name in self._layers]
         first_log = len(values)
         if inputs.log:
-            values += [x for name in self._layers for x in (products[name] if name in owned else [0.0] * LOGGED)]
+            for name in self._layers:  # the gradient of one that was left as it is has a cosine of 1 with itself
+                left = [0.0, float(self._owned[name]), 0.0, 0.0, 0.0]
+                values += products[name] if name in owned else left
         totals = self._sum(values)
         quadratic = sum(totals[first_clip:first_log])
         scale = 1.0 if clip is None else clip.scale(quadratic)

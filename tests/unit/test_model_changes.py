@@ -339,7 +339,7 @@ def test_a_weight_used_without_calling_its_module_keeps_its_gradient(control):
         raw = run.model.b.weight.grad.clone(), run.model.b.bias.grad.clone()
         if step == 0:
             with pytest.warns(hk.CurvatureWarning, match="layer 'b': its weight is used without calling the module"):
-                run.preconditioner.step()
+                assert run.preconditioner.step(log=True).layers["b"].cosine == 1.0
         else:
             run.preconditioner.step()
         assert torch.equal(run.model.b.weight.grad, raw[0]) and torch.equal(run.model.b.bias.grad, raw[1])
