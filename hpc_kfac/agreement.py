@@ -98,9 +98,9 @@ class Agreement:
         parameters = [p for p in model.parameters() if p.requires_grad]
         self._others = [p for p in parameters if id(p) not in captured]
         self._captured = [p for p in parameters if id(p) in captured]
-        # The largest entry of what each layer is given and of each other gradient: squares overflow long before.
-        self._largest = self._products.new_zeros(len(self._layers) + len(self._others))
-        self._entries = self._largest.unbind()
+        # Of what each layer is given and of each other gradient: squares would overflow long before sums.
+        self._sums = self._products.new_zeros(len(self._layers) + len(self._others))
+        self._entries = self._sums.unbind()
         self._entry = dict(zip(self._layers, self._entries, strict=False))
         self._limits = {name: _limit(layer) for name, layer in self._layers.items()}
 
@@ -140,7 +140,7 @@ class Agreement:
 
     def check(self, name: str, update: Tensor) -> None:
         """Notes whether what is written into a layer's gradient is finite there."""
-        _largest(update, self._entry[name])
+        _amount(update, self._entry[name], exact=self._limits[name] < math.inf)
         self._measured.add(name)
 
     def measure_size(self, name: str, update: Tensor, staleness: int) -> None:
@@ -216,8 +216,8 @@ class Agreement:
             if parameter.grad is None:
                 entry.zero_()
             else:
-                _largest(parameter.grad, entry)
-        largest = self._largest.tolist()
+                _amount(parameter.grad, entry)
+        largest = self._sums.tolist()
         written = dict(zip(self._layers, largest, strict=False))
         others = largest[len(self._layers) :]
         return all(map(math.isfinite, others)) and all(written[n] < self._limits[n] for n in self._measured)
@@ -236,15 +236,19 @@ def _limit(layer: CapturedLayer) -> float:
     return least.max * (1.0 + least.eps / 4) if least.max < torch.finfo(torch.float32).max else math.inf
 
 
-def _largest(tensor: Tensor, out: Tensor) -> None:
-    """The largest absolute entry; inf and NaN are kept. Allocates nothing where the dtypes are the same."""
+def _amount(tensor: Tensor, out: Tensor, exact: bool = False) -> None:
+    """The sum of absolute entries; inf and NaN are kept. Allocates nothing where the dtypes are the same.
+
+    Where `exact`, or where the sum could overflow in the dtype, the largest of them, which takes longer on CPUs.
+    """
     values = tensor._values() if tensor.is_sparse else tensor
+    order = math.inf if exact or values.element_size() < 4 else 1
     if values.numel() == 0:
         out.zero_()
     elif values.dtype == out.dtype:
-        torch.linalg.vector_norm(values, math.inf, out=out)
+        torch.linalg.vector_norm(values, order, out=out)
     else:
-        out.copy_(torch.linalg.vector_norm(values, math.inf))
+        out.copy_(torch.linalg.vector_norm(values, order))
 
 
 def _dot(left: Tensor, right: Tensor, out: Tensor) -> None:

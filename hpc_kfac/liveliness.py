@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -43,16 +42,15 @@ class Liveliness:
         self._gather(tuple(momenta))
         if not momenta:
             return
-        parameters = [self._layers[name].parameters for name in momenta]
-        gradients = [p.grad for own in parameters for p in own if p.grad is not None and p.grad.numel()]
-        norms = torch._foreach_norm(gradients, math.inf) if gradients else ()
-        found = iter(norm.sign_() for norm in norms)  # before a cast to float32, in which it could vanish
-        sides: list[list[Tensor]] = [[], []]
-        for own in parameters:
-            for side, p in zip(sides, [*own, None][:2], strict=True):
-                there = p is not None and p.grad is not None and p.grad.numel()
-                side.append(next(found) if there else self._none)
-        used = torch.maximum(_joined(sides[0]), _joined(sides[1]))
+        slots = [p for name in momenta for p in (*self._layers[name].parameters, None)[:2]]  # weight and bias
+        gradients = [p.grad if p is not None and p.grad is not None and p.grad.numel() else None for p in slots]
+        there = [gradient for gradient in gradients if gradient is not None]
+        norms = torch._foreach_norm(there, 1) if there else ()
+        if any(norm.dtype != torch.float32 for norm in norms):
+            norms = tuple(norm.sign().float() for norm in norms)  # before the cast, in which it could vanish
+        found = iter(norms)
+        sums = torch.stack([self._none if gradient is None else next(found) for gradient in gradients])
+        used = sums.view(-1, 2).amax(1).sign_()
         self._alive.mul_(self._decays(tuple(momenta.values())))
         torch.maximum(self._alive, used, out=self._alive)
 
@@ -72,7 +70,3 @@ class Liveliness:
             if "alive" in state.momentum:
                 view.copy_(state.momentum["alive"])
             state.momentum["alive"] = view
-
-
-def _joined(values: list[Tensor]) -> Tensor:
-    return torch.stack([value.float() for value in values])
