@@ -49,6 +49,7 @@ class Collector:
         notices: for what a user should know of the passes.
 
     Attributes:
+        passes: micro-batches that went into the statistics of this step, by layer.
         left: layers that no rank takes statistics of in the present step.
         folds: how often statistics were folded; the first time they become the running averages.
 
@@ -103,7 +104,7 @@ class Collector:
         self._terms = StepTerms()
         self._folded: set[str] = set()
         self._observed: tuple[float | None, float | None, Tensor | None] = (None, None, None)
-        self._passes: Counter[str] = Counter()  # micro-batches that went into the statistics, by layer
+        self.passes: Counter[str] = Counter()
         self._observations = 0
         self._overflown: set[str] = set()
         self._guessed = False  # the number of loss terms
@@ -158,7 +159,7 @@ class Collector:
                 " fisher='empirical'"
             )
         self._check_passes()
-        self._doubts.tell(self._step, self._guessed, self._passes.keys())
+        self._doubts.tell(self._step, self._guessed, self.passes.keys())
 
     def fold(self) -> None:
         """Folds what is left of the step's statistics; layers that were not used only age."""
@@ -190,7 +191,7 @@ class Collector:
         self._undisturbed = -math.inf
         for name in names:
             self._merged.pop(name, None)
-            self._passes.pop(name, None)
+            self.passes.pop(name, None)
             self._terms.discard(name)
         if not self._capture.completions:  # the step begins anew
             self._observations = self._sampled = 0
@@ -210,7 +211,7 @@ class Collector:
             self._doubts.reached(name)
         if self._fisher == "empirical":
             self._collect(name)
-            whole = self._passes[name] == self._micro_batches
+            whole = self.passes[name] == self._micro_batches
             if whole and self._undisturbed >= UNDISTURBED and name not in self._folded:
                 self._complete(name)
 
@@ -222,7 +223,7 @@ class Collector:
                 self._accumulate(name, batch)
 
     def _check_passes(self) -> None:
-        passes = max([*self._passes.values(), self._observations])
+        passes = max([*self.passes.values(), self._observations])
         if passes > self._micro_batches:
             raise RuntimeError(
                 f"the step has {passes} forward and backward passes, and the preconditioner was told of"
@@ -237,8 +238,8 @@ class Collector:
 
     def _fold(self, name: str) -> None:
         """Folds a layer's statistics into its running averages, which stay weighted by what they are means over."""
-        decay, missed = self._method.decay, self._micro_batches - self._passes[name]
-        terms = 0.0 if name in self.left and not self._passes[name] else self._terms.of(name, missed)
+        decay, missed = self._method.decay, self._micro_batches - self.passes[name]
+        terms = 0.0 if name in self.left and not self.passes[name] else self._terms.of(name, missed)
         merged, state = self._merged.pop(name, Merged()), self._states[name]
         share = 1.0 - decay if self.folds else 1.0
         fold(self._method, self._shapes[name], state, merged, terms, self._ranks, decay, share)
@@ -287,7 +288,7 @@ class Collector:
     @torch.no_grad()
     def _accumulate(self, name: str, batch: LayerBatch) -> None:
         """Statistics of one micro-batch, merged with those of the earlier ones of this step."""
-        self._passes[name] += 1
+        self.passes[name] += 1
         self._terms.use(name, self._pass, max(batch.count, 0.0))
         if batch.count <= 0:
             return

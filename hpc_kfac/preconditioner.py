@@ -233,7 +233,7 @@ class Preconditioner:
             self.timings,
             self.notices,
         )
-        self._written = Written(layer.parameters[0] for layer in reversed(self.capture.layers.values()))
+        self._written = Written(self.capture)
         self._attachments.claim()
         self._start_step()
 
@@ -306,11 +306,13 @@ class Preconditioner:
             RuntimeError: the step had more passes than `micro_batches`.
             Refused: the sampled or exact Fisher without `observe`; gradients that are not averaged, as the first step
                 and checks of weights find, on all ranks alike; it was removed or replaced by a later one; it comes
-                twice for one backward pass; or the optimizer has none of the model's parameters, on all ranks alike.
+                twice for one backward pass; the last step's gradients were not cleared; or the optimizer has none of
+                the model's parameters, on all ranks alike.
             WeightsDiffer: the ranks' weights differ in the first step, or have drifted apart; on all ranks alike.
         """
         self._attachments.check()
-        self._written.check(self.notices, refuse=self._base.optimizer is not None)
+        training = self._base.optimizer is not None
+        self._written.check(self.notices, refuse=training)
         if self._comm.size > 1:
             self._check_ranks()
         self._changes.look(self.steps == 0 or self._due.statistics, self._collects)
@@ -321,6 +323,7 @@ class Preconditioner:
         self._watch.check_groups(rules, self._model)
         if self._collects:
             self._collector.finish_passes()
+            self._written.check_cleared(self._collector.passes, self.notices, training)
         rates = {name: rule.learning_rate for name, rule in rules.items()}
         damping = self.damping.at(self.steps, max(rates.values(), default=0.0))
         controls = self._controls(rules)
@@ -345,7 +348,6 @@ class Preconditioner:
             layers=agreed.layers,
         )
         self._watch.written(report.applied)
-        self._written.note(report.applied)
         self._count_skipped(report.applied)
         if report.statistics:
             self._collector.finish(report.applied)
@@ -355,6 +357,7 @@ class Preconditioner:
         self.steps += 1
         if agreed.changed:
             self._follow()
+        self._written.note(report.applied)
         self._start_step()
         return report
 

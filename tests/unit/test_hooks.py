@@ -69,6 +69,7 @@ def test_a_model_is_saved_and_copied_at_every_step_and_its_copies_are_plain(tmp_
     optimizer, preconditioner = made(model, schedule=hk.Schedule(statistics=2, refresh=2))
     average = AveragedModel(model)
     for step in range(4):
+        model.zero_grad()
         F.cross_entropy(model(X), Y).backward()
         preconditioner.step()
         optimizer.step()
@@ -455,6 +456,7 @@ def test_step_twice_is_refused_and_new_gradients_are_not() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     assert preconditioner.step().applied
+    optimizer.zero_grad()
     F.cross_entropy(model(X), Y).backward()
     assert preconditioner.step().applied
     optimizer.zero_grad()

@@ -394,6 +394,24 @@ def test_statistics_that_overflow_beside_finite_gradients_are_told() -> None:
         assert p.step().applied
 
 
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_forgotten_zero_grad_is_refused(forgotten: bool) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    p = preconditioner_of(model, optimizer=optimizer, micro_batches=2)
+    for step in range(2):
+        for x in (X, 2 * X):
+            loss_of(model, x).backward()
+        if step and forgotten:
+            with pytest.raises(hk.Refused, match="layer '2' was not cleared.*zero_grad"):
+                p.step()
+        else:
+            assert p.step().applied
+            optimizer.step()
+        if not forgotten:
+            optimizer.zero_grad(set_to_none=bool(step))
+
+
 def test_factors_are_copies_by_name() -> None:
     model = net()
     p = preconditioner_of(model)
