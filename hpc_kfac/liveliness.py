@@ -44,15 +44,23 @@ class Liveliness:
             return
         slots = [p for name in momenta for p in (*self._layers[name].parameters, None)[:2]]  # weight and bias
         gradients = [p.grad if p is not None and p.grad is not None and p.grad.numel() else None for p in slots]
+        there = sum(gradient is not None for gradient in gradients)
+        on_cpu = self._alive.device.type == "cpu"
+        norms = self._norms(gradients, 2 if on_cpu else 1)
+        if on_cpu and int(norms.count_nonzero()) < there:  # squares of tiny entries vanish, but are faster there
+            norms = self._norms(gradients, 1)
+        used = norms.view(-1, 2).amax(1).sign_()
+        self._alive.mul_(self._decays(tuple(momenta.values())))
+        torch.maximum(self._alive, used, out=self._alive)
+
+    def _norms(self, gradients: Sequence[Tensor | None], order: int) -> Tensor:
+        """What is positive where a gradient has an entry, and 0 where there is none."""
         there = [gradient for gradient in gradients if gradient is not None]
-        norms = torch._foreach_norm(there, 1) if there else ()
+        norms = torch._foreach_norm(there, order) if there else ()
         if any(norm.dtype != torch.float32 for norm in norms):
             norms = tuple(norm.sign().float() for norm in norms)  # before the cast, in which it could vanish
         found = iter(norms)
-        sums = torch.stack([self._none if gradient is None else next(found) for gradient in gradients])
-        used = sums.view(-1, 2).amax(1).sign_()
-        self._alive.mul_(self._decays(tuple(momenta.values())))
-        torch.maximum(self._alive, used, out=self._alive)
+        return torch.stack([self._none if gradient is None else next(found) for gradient in gradients])
 
     def _decays(self, momenta: Sequence[float]) -> Tensor | float:
         """One number where all layers have the same."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hpc_kfac.damping import positive
 from hpc_kfac.linalg.orthogonal import orthogonal
-from hpc_kfac.linalg.scaling import size_of
+from hpc_kfac.linalg.scaling import at_norm
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,7 @@ class FixedNorm:
             shared: whether the layer's weights are used at several positions of a sample.
             alive: a factor for the length [1], where the layer may have had no gradient for a while.
         """
-        return self._at_length(update.div_(size_of(update)), alive)  # squares neither overflow nor vanish
-
-    def _at_length(self, update: Tensor, alive: Tensor | None) -> Tensor:
-        length = self.norm * math.sqrt(update.shape[0] * max(update.shape[1:]))
-        factor = length / update.norm().clamp(min=0.5)  # less is zero, or so small that nothing of it is exact
-        return update.mul_(factor if alive is None else factor.mul_(alive[0]))
+        return at_norm(update, self.norm * math.sqrt(update.shape[0] * max(update.shape[1:])), factor=alive)
 
 
 @lru_cache(maxsize=256)  # asked for every layer in every step
@@ -158,9 +153,7 @@ class Orthogonal(FixedNorm):
             raise ValueError(f"iterations is {self.iterations}; give at least 1, such as 3")
 
     def bound(self, update: Tensor, shared: bool, alive: Tensor | None = None) -> Tensor:
-        if shared:
-            return self._at_length(orthogonal(update, self.iterations), alive)
-        return super().bound(update, shared, alive)
+        return super().bound(orthogonal(update, self.iterations) if shared else update, shared, alive)
 
 
 StepControl = KLClip | FixedNorm | None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.linalg.half import bfloat16_is_faster
-from hpc_kfac.linalg.scaling import size_of
+from hpc_kfac.linalg.scaling import at_norm
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of x -> a x + b x^3 + c x^5, which carries (0, 1] to about (0.7, 1.2) in few iterations (Jordan et al. 2024)."""
@@ -24,11 +24,9 @@ def orthogonal(matrices: Tensor, iterations: int) -> Tensor:
         [p, m, n] in the dtype of the matrices.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices / size_of(matrices, per_block=True)  # squares neither overflow nor vanish; a zero matrix stays one
-    x = x.mT if tall else x
-    norms = torch.linalg.matrix_norm(x, keepdim=True).clamp_(min=1.0)
+    x = at_norm(matrices.clone(memory_format=torch.contiguous_format), per_block=True)
     half = x.dtype == torch.float32 and bfloat16_is_faster(x.device.type)
-    x = (x / norms).to(torch.bfloat16 if half else x.dtype)
+    x = (x.mT if tall else x).to(torch.bfloat16 if half else x.dtype)
     a, b, c = COEFFICIENTS
     for _ in range(iterations):
         square = torch.bmm(x, x.mT)

@@ -1,4 +1,4 @@
-"""Powers of two that bring tensors to where squares neither overflow nor vanish; ordinary results stay bit for bit."""
+"""Norms of tensors whose squares may overflow or vanish."""
 
 from __future__ import annotations
 
@@ -8,6 +8,41 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.linalg.workspace import Workspace
+
+SAFE = {torch.float32: (1e-15, 1e18), torch.float64: (1e-140, 1e150)}
+"""Norms between these come from squares that neither overflowed nor vanished."""
+
+
+def at_norm(tensor: Tensor, norm: float = 1.0, per_block: bool = False, factor: Tensor | None = None) -> Tensor:
+    """The tensor, in place, at a Frobenius norm, whatever its size; zeros stay zeros, and inf or NaN become NaN.
+
+    Args:
+        tensor: [p, m, n] of float32 or float64.
+        norm: a positive number.
+        per_block: each of the p matrices for itself.
+        factor: [1], multiplies the norm.
+    """
+    dims = (1, 2) if per_block else (0, 1, 2)
+    if tensor.device.type == "cpu" and (not per_block or len(tensor) == 1):  # reading a number costs nothing here
+        found = torch.linalg.vector_norm(tensor, dim=dims).item()
+        low, high = SAFE[tensor.dtype]
+        if low < found < high:
+            return tensor.mul_(norm * (1.0 if factor is None else factor.item()) / found)
+    elif tensor.dtype == torch.float32 and tensor.device.type != "cpu":
+        return tensor.mul_(_inverse_norm(tensor, dims, norm, factor))
+    tensor.div_(size_of(tensor, per_block))
+    norms = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True).clamp_(min=0.5)
+    return tensor.mul_(norm / norms if factor is None else factor * norm / norms)
+
+
+def _inverse_norm(tensor: Tensor, dims: tuple[int, ...], norm: float, factor: Tensor | None) -> Tensor:
+    """`norm` by the norm of a float32 tensor, without asking the device: float64 holds all squares of float32.
+
+    The inverse of the largest norm is subnormal in float32 and that of the smallest normal one finite.
+    """
+    inverse = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True, dtype=torch.float64)
+    inverse = inverse.clamp_(min=norm * torch.finfo(torch.float32).tiny).reciprocal_().mul_(norm)
+    return (inverse if factor is None else inverse.mul_(factor)).to(torch.float32)
 
 
 def size_of(tensor: Tensor, per_block: bool = False, out: tuple[Tensor, Tensor] | None = None) -> Tensor:
