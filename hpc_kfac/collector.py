@@ -8,6 +8,7 @@ while the backward pass goes on.
 from __future__ import annotations
 
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from typing import Literal
@@ -106,6 +107,8 @@ class Collector:
         self._observed: tuple[float | None, float | None, Tensor | None] = (None, None, None)
         self.passes: Counter[str] = Counter()
         self._observations = 0
+        self._last: weakref.ref[Tensor] | None = None  # outputs that were observed
+        self._discarded = False  # some pass of this step
         self._overflown: set[str] = set()
         self._guessed = False  # the number of loss terms
         self._doubts.start()
@@ -129,6 +132,7 @@ class Collector:
         terms = float(count if count is not None else mask.sum().item() if mask is not None else loss.terms(outputs))
         if terms > 0 and not loss_scale > 0:  # a micro-batch without a valid term has a share of 0
             raise ValueError(f"loss_scale is {loss_scale} with {terms:g} loss terms; give a positive number")
+        self._forget_unfinished(outputs)
         if self._fisher == "empirical":
             reduction = terms if loss.reduction == "mean" else 1.0
             self._observed = (terms, reduction / loss_scale if terms > 0 else 0.0, mask)
@@ -141,6 +145,13 @@ class Collector:
             if self._observations == self._micro_batches and self._undisturbed >= UNDISTURBED:
                 for name in [name for name in reversed(tuple(self._states)) if name in self._merged]:
                     self._complete(name)
+
+    def _forget_unfinished(self, outputs: Tensor) -> None:
+        """Passes that were observed and are no part of the gradient: it was cleared, or their outputs were dropped."""
+        self._capture.discard_cleared()
+        if self._observations and not self._capture.completions and self._last is not None and self._last() is None:
+            self._discard(set(self.passes))
+        self._last = weakref.ref(outputs)
 
     def finish_passes(self) -> None:
         """Takes what is left of the step's passes. Before anything else of the step, because it refuses.
@@ -159,7 +170,7 @@ class Collector:
                 " fisher='empirical'"
             )
         self._check_passes()
-        self._doubts.tell(self._step, self._guessed, self.passes.keys())
+        self._doubts.tell(self._step, self._guessed, self.passes.keys(), self._discarded)
 
     def fold(self) -> None:
         """Folds what is left of the step's statistics; layers that were not used only age."""
@@ -188,7 +199,7 @@ class Collector:
 
     def _discard(self, names: Set[str]) -> None:
         """The gradients that these layers had so far were cleared: so is what was taken with them."""
-        self._undisturbed = -math.inf
+        self._undisturbed, self._discarded = -math.inf, True
         for name in names:
             self._merged.pop(name, None)
             self.passes.pop(name, None)

@@ -45,14 +45,17 @@ class Doubts:
             gradient = self._capture.layers[name].parameters[0].grad
             self._left = None if gradient is None else gradient.detach().norm()
 
-    def tell(self, step: int, guessed: bool, folded: Set[str]) -> None:
+    def tell(self, step: int, guessed: bool, folded: Set[str], discarded: bool) -> None:
         """Tells of everything that is in doubt.
 
         Args:
             step: its number.
             guessed: nothing was observed, so that the number of loss terms and their scale are guesses.
             folded: layers that have statistics of this step.
+            discarded: backward passes of this step were discarded, because the gradient was cleared.
         """
+        if discarded:
+            self._put_back()
         if guessed:
             self._count()
             self._scale()
@@ -80,13 +83,29 @@ class Doubts:
                 f" {', '.join(mixed[:4])} samples. If the loss is a mean over another number, call"
                 " preconditioner.observe(outputs, count=...) before backward()",
             )
-        if self._micro_batches > 1 and not self._relative:
+        by_micro_batch = [{n for part, n in sizes if part == micro_batch} for micro_batch in counts]
+        uneven = any(found != by_micro_batch[0] for found in by_micro_batch)
+        if self._micro_batches > 1 and (uneven or not self._relative):
             self._notices.once(
                 "micro-batches",
                 f"the losses of {self._micro_batches} micro-batches are taken as they are; if each was divided by their"
-                f" number, call preconditioner.observe(outputs, loss_scale=1/{self._micro_batches}) before backward(),"
-                " or the curvature is too small against an absolute damping",
+                " number, or weighted by their size, call preconditioner.observe(outputs, loss_scale=...) with that"
+                f" factor, such as 1/{self._micro_batches}, before backward(): else they are weighed wrongly, and are"
+                " too small against an absolute damping",
             )
+
+    def _put_back(self) -> None:
+        """Whether what was cleared may be in the gradients all the same, as where tasks are merged by hand."""
+        for name, (identity, _) in self._capture.completions.items():
+            gradient = self._capture.layers[name].parameters[0].grad
+            if gradient is not None and id(gradient) != identity:
+                self._notices.once(
+                    "put back",
+                    f"the gradient of layer {name!r} was cleared after a backward pass and replaced by another after"
+                    " the last one: statistics are of the passes since it was cleared. If the gradient is made of"
+                    " several passes, let them add up in .grad, each as one of Preconditioner(..., micro_batches=n)",
+                )
+                return
 
     def _scale(self) -> None:
         gradient = None if self._left is None else self._capture.layers[self._witness].parameters[0].grad
@@ -115,8 +134,9 @@ class Doubts:
     def _nothing(self, step: int, folded: Set[str]) -> None:
         """Layers whose weight got a gradient in a backward pass, and whose output none; or no pass was seen at all."""
         capture = self._capture
-        if not capture.completions and not folded:
-            gradients = [layer for layer in capture.layers.values() if layer.parameters[0].grad is not None]
+        trained = [weight for weight in (x.parameters[0] for x in capture.layers.values()) if weight.requires_grad]
+        gradients = any(weight.grad is not None for weight in trained)
+        if trained and not (gradients and (capture.completions or folded)):
             seen = "have gradients, but no backward pass was seen that made them" if gradients else "have no gradient"
             self._notices.once(
                 "no pass",

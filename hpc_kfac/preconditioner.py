@@ -274,7 +274,7 @@ class Preconditioner:
             Refused: it comes after the backward pass.
         """
         self._attachments.check()
-        if not self.capture.armed:
+        if not self.capture.armed or not torch.is_grad_enabled():  # the second in an evaluation
             return
         self._collector.observe(outputs, loss or CrossEntropy(), count, mask, loss_scale, sample_index)
 

@@ -206,7 +206,7 @@ class Capture:
     def clear(self) -> None:
         """Begin an optimisation step."""
         self.forget()
-        self.micro_batch = 0
+        self.micro_batch = self._leading = 0
         self.completions.clear()
         self.sizes.clear()
 
@@ -282,7 +282,7 @@ class Capture:
         uses = [use for use in self._arrived.get(name, ()) if use.task == task]
         for use in uses:
             use.gradient = use.arriving
-        if uses and not self.backward_seen:  # backward passes come to the last layer first
+        if uses and not self._leading:  # backward passes come to the last layer first
             self._leading = max(uses, key=lambda use: use.number).samples
         self.backward_seen = True
         gradient = self.layers[name].parameters[0].grad
@@ -328,14 +328,19 @@ class Capture:
             node: Any = output.grad_fn
             node.metadata.setdefault(self, {})[output.output_nr] = use
 
+    def discard_cleared(self) -> None:
+        """Forgets what was taken in this step with gradients that were cleared since."""
+        self._discard(set(self.completions))
+
     def _next_micro_batch(self) -> None:
         """A forward pass begins after a backward pass."""
-        self._discard(set(self.completions))
+        self.discard_cleared()
         self.backward_seen = False
         if self.completions:
             if self.on_boundary is not None:
                 self.on_boundary()
             self.micro_batch += 1
+        self._leading = 0
 
     def _arrive(self, use: Use, gradient: Tensor) -> None:
         """A backward pass has reached the output of a use; whether it counts shows at the weight."""

@@ -382,7 +382,7 @@ def test_what_the_passes_leave_in_doubt_is_told() -> None:
     p = preconditioner_of(model, micro_batches=2)
     for _ in range(2):
         (loss_of(model) / 2).backward()
-    with pytest.warns(hk.CurvatureWarning, match=r"micro-batches are taken as they are.*loss_scale=1/2"):
+    with pytest.warns(hk.CurvatureWarning, match=r"micro-batches are taken as they are.*loss_scale=.*1/2"):
         p.step()
 
 
@@ -392,6 +392,79 @@ def test_statistics_that_overflow_beside_finite_gradients_are_told() -> None:
     (1e25 * model(1e-15 * torch.ones(4, 2)).sum()).backward()
     with pytest.warns(hk.CurvatureWarning, match="statistics of layer '' were not finite in step 0"):
         assert p.step().applied
+
+
+def test_loss_of_derivatives_alone_has_statistics_where_they_reach_outputs() -> None:
+    """The last layer has none; the count of the others is not that layer's."""
+    model = randomised(nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)))
+    p = preconditioner_of(model)
+    x = torch.linspace(0, 1, 16, dtype=torch.float64).unsqueeze(1).requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    loss = (slope - 1).square()
+    with pytest.warns(hk.CurvatureWarning, match="layer '4' got a gradient"):
+        loss.mean().backward()
+        p.step()
+    hidden = model[1](model[0](x)).detach().requires_grad_()  # the same loss of the second layer's output
+    y = model[2](hidden).detach().requires_grad_()
+    inner = (1 - y.tanh().square()) * model[4].weight
+    outer = ((1 - hidden.square()) * (inner @ model[2].weight)) @ model[0].weight
+    (g,) = torch.autograd.grad((outer - 1).square().sum(), y)
+    close(p.factors("2")["G"][0], g.T @ g / 16)
+    assert set(p.factors("0")) == {"A", "G"} and not p.factors("4")
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+def test_observed_pass_that_got_no_backward_is_left_out(fisher: str) -> None:
+    """A batch whose loss is not finite is skipped, a validation function observes, a gradient is cleared late."""
+    model = net()
+    p = preconditioner_of(model, fisher=fisher, seed=3)
+    outputs = model(100 * X)
+    p.observe(outputs)
+    del outputs
+    outputs = model(50 * X)
+    p.observe(outputs)
+    F.cross_entropy(outputs, Y).backward()
+    outputs = model(X)
+    model.zero_grad()
+    p.observe(outputs)
+    with torch.no_grad():
+        p.observe(model(X))
+    F.cross_entropy(outputs, Y).backward()
+    p.step()
+    other = net()
+    q = preconditioner_of(other, fisher=fisher, seed=3)
+    outputs = other(X)
+    q.observe(outputs)
+    F.cross_entropy(outputs, Y).backward()
+    q.step()
+    for key, value in factors(p).items():
+        close(value, factors(q)[key])
+
+
+def test_gradients_made_by_hand_of_several_tasks_are_told() -> None:
+    model = net()
+    p = preconditioner_of(model)
+    loss_of(model).backward()
+    stash = [w.grad.clone() for w in model.parameters()]
+    model.zero_grad()
+    loss_of(model, 2 * X).backward()
+    for w, gradient in zip(model.parameters(), stash, strict=True):
+        w.grad = w.grad + gradient
+    with pytest.warns(hk.CurvatureWarning, match="replaced by another.*micro_batches"):
+        p.step()
+
+
+def test_uneven_micro_batches_without_a_scale_and_cleared_gradients_are_told() -> None:
+    model = net()
+    p = preconditioner_of(model, micro_batches=2, method=hk.KFAC())
+    for part in (slice(0, 2), slice(2, 16)):
+        (loss_of(model, X[part], Y[part]) * len(Y[part]) / 16).backward()
+    with pytest.warns(hk.CurvatureWarning, match="weighed wrongly"):
+        p.step()
+    loss_of(model).backward()
+    model.zero_grad()
+    with pytest.warns(hk.CurvatureWarning, match="have no gradient"):
+        p.step()
 
 
 @pytest.mark.parametrize("forgotten", [True, False])
