@@ -52,6 +52,7 @@ class Collector:
     Attributes:
         passes: micro-batches that went into the statistics of this step, by layer.
         left: layers that no rank takes statistics of in the present step.
+        doubts: tells of what the passes leave in doubt.
         folds: how often statistics were folded; the first time they become the running averages.
 
     Raises:
@@ -81,7 +82,7 @@ class Collector:
         self._fisher, self._seed, self._rank, self._ranks = fisher, seed, rank, ranks
         self._micro_batches, self._ready, self._timings = micro_batches, ready, timings
         self._notices = notices
-        self._doubts = Doubts(capture, notices, micro_batches, getattr(method, "relative_damping", None) is True)
+        self.doubts = Doubts(capture, notices, micro_batches, getattr(method, "relative_damping", None) is True)
         self.folds = 0
         self.left: frozenset[str] = frozenset()
         self._undisturbed = 0.0
@@ -94,7 +95,7 @@ class Collector:
     def follow(self, shapes: Mapping[str, LayerShape]) -> None:
         """Goes on with other layers, between two steps."""
         self._shapes = shapes
-        self._doubts.follow()
+        self.doubts.follow()
 
     def start(self, step: int, armed: bool) -> None:
         """Begins an optimisation step; nothing is captured unless `armed`."""
@@ -111,7 +112,7 @@ class Collector:
         self._discarded = False  # some pass of this step
         self._overflown: set[str] = set()
         self._guessed = False  # the number of loss terms
-        self._doubts.start()
+        self.doubts.start()
         self._sampled = 0  # rows of this step's earlier micro-batches
 
     def observe(
@@ -170,7 +171,7 @@ class Collector:
                 " fisher='empirical'"
             )
         self._check_passes()
-        self._doubts.tell(self._step, self._guessed, self.passes.keys(), self._discarded)
+        self.doubts.tell(self._step, self._guessed, self.passes.keys(), self._discarded)
 
     def fold(self) -> None:
         """Folds what is left of the step's statistics; layers that were not used only age."""
@@ -182,7 +183,7 @@ class Collector:
     def finish(self, applied: bool) -> None:
         """Ends a step with statistics. If the first one of all came to nothing, the next one is the first again."""
         if applied:
-            self._doubts.overflown(self._overflown, self._step)
+            self.doubts.overflown(self._overflown, self._step)
         if applied or self.folds:
             self.folds += 1
             return
@@ -219,7 +220,7 @@ class Collector:
     def _reached(self, name: str) -> None:
         """A backward pass has completed the layer's weight gradient."""
         if self._observed[0] is None:
-            self._doubts.reached(name)
+            self.doubts.reached(name)
         if self._fisher == "empirical":
             self._collect(name)
             whole = self.passes[name] == self._micro_batches

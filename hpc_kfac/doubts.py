@@ -23,10 +23,14 @@ class Doubts:
         notices: gets what is to be told.
         micro_batches: forward and backward passes of a step.
         relative: damping is a share of the curvature, so that the scale of the loss has no effect.
+
+    Attributes:
+        sharded: a rank has gradients of its own layers alone.
     """
 
     def __init__(self, capture: Capture, notices: Notices, micro_batches: int, relative: bool) -> None:
         self._capture, self._notices, self._micro_batches, self._relative = capture, notices, micro_batches, relative
+        self.sharded = False
         self.follow()
         self.start()
 
@@ -135,7 +139,7 @@ class Doubts:
         """Layers whose weight got a gradient in a backward pass, and whose output none; or no pass was seen at all."""
         capture = self._capture
         trained = [weight for weight in (x.parameters[0] for x in capture.layers.values()) if weight.requires_grad]
-        gradients = any(weight.grad is not None for weight in trained)
+        gradients = self.sharded or any(weight.grad is not None for weight in trained)
         if trained and not (gradients and (capture.completions or folded)):
             seen = "have gradients, but no backward pass was seen that made them" if gradients else "have no gradient"
             self._notices.once(

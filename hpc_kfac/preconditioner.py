@@ -443,7 +443,7 @@ class Preconditioner:
     def update_at_owners(self) -> None:
         """From now on only a layer's owner gets its preconditioned gradient, as `OwnerOptimizer` wants it."""
         self._problem = replace(self._problem, share=False)
-        self._ratio.sharded = True
+        self._ratio.sharded = self._collector.doubts.sharded = True
         self._plans.clear()
         self._start_step()
 
