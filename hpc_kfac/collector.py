@@ -254,7 +254,8 @@ class Collector:
         terms = 0.0 if name in self.left and not self.passes[name] else self._terms.of(name, missed)
         merged, state = self._merged.pop(name, Merged()), self._states[name]
         share = 1.0 - decay if self.folds else 1.0
-        fold(self._method, self._shapes[name], state, merged, terms, self._ranks, decay, share)
+        if not fold(self._method, self._shapes[name], state, merged, terms, self._ranks, decay, share):
+            self._overflown.add(name)
         self._folded.add(name)
 
     def _derive(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from hpc_kfac.layers.batch import LayerBatch, LayerShape
 from hpc_kfac.linalg.solve import is_finite
 from hpc_kfac.methods.method import Method, Over, State, StateSpec, Terms
@@ -87,8 +89,10 @@ def fold(
     ranks: int,
     decay: float,
     share: float,
-) -> None:
+) -> bool:
     """Folds a step's statistics into a layer's running averages, or lets them age.
+
+    Statistics that cannot be completed, or are not finite then, are left out.
 
     Args:
         method: says how.
@@ -99,16 +103,23 @@ def fold(
         ranks: that take statistics.
         decay: of what there is.
         share: of the fresh statistics.
+
+    Returns:
+        False if they were left out.
     """
+    found: State | None = {}
     everything = terms - merged.lost
+    if merged.state:
+        used = merged.weights["terms"]
+        found = _completed(method, merged.state, Terms(used, everything, ranks), state, shape)
+        everything -= used if found is None else 0.0
     state.local = True
-    if not merged.state:
+    if not found:
         for weight in state.weights.values():
             weight.skip(decay, share * everything)
         if ranks > 1 and everything > 0:
             method.skip(state.running, everything, shape)
-        return
-    found = method.complete(merged.state, Terms(merged.weights["terms"], everything, ranks), state.view(), shape)
+        return found is not None
     specs = {spec.name: spec for spec in method.state(shape)}
     for at, weight in state.weights.items():
         kept = weight.fold(decay, share * merged.weights["uses"], share * everything)
@@ -116,6 +127,18 @@ def fold(
             part = {name: value for name, value in found.items() if _weighed(specs[name], at, over)}
             if part:
                 method.fold(state.running, part, ratio)
+    return True
+
+
+def _completed(method: Method, merged: State, terms: Terms, state: LayerState, shape: LayerShape) -> State | None:
+    """The statistics of a step; None if they cannot be worked out, or are not finite."""
+    collected = dict(merged)
+    try:
+        found = method.complete(merged, terms, state.view(), shape)
+    except torch.linalg.LinAlgError:
+        return None
+    made = [value for name, value in found.items() if value is not collected.get(name)]
+    return found if all(map(is_finite, made)) else None
 
 
 def _weighed(spec: StateSpec, at: str, over: Over) -> bool:

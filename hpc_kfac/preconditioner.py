@@ -288,6 +288,7 @@ class Preconditioner:
             self.capture.paused = before
 
     @torch._disable_dynamo
+    @torch.no_grad()
     def step(self, scalars: Mapping[str, float] | None = None, log: bool = False) -> StepReport:
         """Replaces the averaged gradients in `.grad` by preconditioned ones. Once per optimisation step, on all ranks.
 

@@ -121,5 +121,5 @@ class Solver:
         return all(
             spec.name in view
             for spec in self._problem.specs[layer]
-            if spec.role == "running" and spec.reduce_at == "refresh"
+            if spec.role == "running" and (spec.reduce_at == "refresh" or not spec.rebased)
         )

@@ -91,6 +91,7 @@ class CapturedLayer(ABC):
         """
         dtype = torch.float32
         for parameter in self.parameters:
+            make_writable(parameter)
             dtype = torch.promote_types(dtype, parameter.dtype)
         grad = self.parameters[0].grad
         if not self.has_bias and grad is not None and grad.dtype == dtype and grad.is_contiguous():
@@ -110,5 +111,18 @@ class CapturedLayer(ABC):
         """Write ``update`` [p, o, a] into ``.grad`` in place; a missing ``.grad`` stays missing."""
         work = Workspace() if work is None else work
         for parameter, tensor in zip(self.parameters, work.views(update, self.name, self.tensors), strict=True):
+            make_writable(parameter)
             if parameter.grad is not None:
                 parameter.grad.copy_(tensor)
+
+
+def make_writable(parameter: nn.Parameter) -> None:
+    """Puts a gradient that can be written in place of one with a graph, overlapping entries, or from inference mode."""
+    gradient = parameter.grad
+    if gradient is None:
+        return
+    if gradient.requires_grad:
+        gradient = parameter.grad = gradient.detach()
+    overlaps = not gradient.is_sparse and not gradient.is_contiguous() and 0 in gradient.stride()
+    if overlaps or (gradient.is_inference() and not torch.is_inference_mode_enabled()):
+        parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
