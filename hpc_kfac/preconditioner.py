@@ -36,7 +36,7 @@ from hpc_kfac.methods.method import Method
 from hpc_kfac.model_changes import ModelChanges
 from hpc_kfac.notices import Notices, Refused
 from hpc_kfac.operations import Due, Operation
-from hpc_kfac.optimizer_watch import OptimizerWatch
+from hpc_kfac.optimizer_watch import OptimizerWatch, check_kind
 from hpc_kfac.precision import Precision
 from hpc_kfac.reduction_ratio import ReductionRatio, check_steers
 from hpc_kfac.schedule import RefreshTimes, Schedule
@@ -139,6 +139,7 @@ class Preconditioner:
     ) -> None:
         if isinstance(step_control, KLClip) and step_control.needs_learning_rate and optimizer is None:
             raise ValueError("KLClip needs the learning rate: pass optimizer=..., or step_control=None")
+        check_kind(optimizer)
         self.method = method or KFAC()
         self.damping = as_damping(self.method.damping)
         if isinstance(self.damping, LevenbergMarquardt):
@@ -184,6 +185,7 @@ class Preconditioner:
         self._device = next(model.parameters()).device
         self._model, self._base = model, BaseOptimizer(optimizer, self.capture.layers)
         self._max_skipped = max_skipped
+        self._scale_known = fisher != "empirical"
         self._check_weights_every = check_weights_every
         self._skipped_in_row = 0
         self.notices = Notices(self._comm.rank)
@@ -276,6 +278,7 @@ class Preconditioner:
         self._attachments.check()
         if not self.capture.armed or not torch.is_grad_enabled():  # the second in an evaluation
             return
+        self._scale_known = self._scale_known or loss_scale != 1.0
         self._collector.observe(outputs, loss or CrossEntropy(), count, mask, loss_scale, sample_index)
 
     @contextmanager
@@ -348,7 +351,7 @@ class Preconditioner:
             scalars=agreed.scalars,
             layers=agreed.layers,
         )
-        self._watch.written(report.applied)
+        self._watch.written(report.applied, self._is_linear, report.statistics)
         self._count_skipped(report.applied)
         if report.statistics:
             self._collector.finish(report.applied)
@@ -385,6 +388,7 @@ class Preconditioner:
         Between two steps, on all ranks alike.
         """
         self.retired = True
+        self._watch.retire()
         self._executor.abandon()
         self._executor.solver.restore({})
         for name, state in self.states.items():
@@ -641,6 +645,12 @@ class Preconditioner:
     def _collects(self) -> bool:
         """Whether statistics of captured passes are due."""
         return self._due.statistics and self.method.reads == "samples"
+
+    @property
+    def _is_linear(self) -> bool:
+        """Whether an update of a scaled loss is scaled alike."""
+        known = self._scale_known and self.method.reads == "samples"
+        return self._control is None and (self.retired or known)
 
     # Small helpers
 

@@ -310,7 +310,7 @@ def test_an_unfrozen_layer_that_the_optimizer_does_not_have_is_told():
     run.step(0)
     model[0].requires_grad_(True)
     run.step(1)
-    with pytest.warns(hk.CurvatureWarning, match=r"no group of the optimizer has the weights of '0'.*add_param_group"):
+    with pytest.warns(hk.CurvatureWarning, match=r"no group of this optimizer .* the weights of '0'.*add_param_group"):
         run.step(2)
 
 

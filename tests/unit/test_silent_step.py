@@ -347,7 +347,7 @@ def test_one_cycle_before_and_after_construction(before: bool) -> None:
 def test_groups_have_lengths_of_their_own_and_may_come_later() -> None:
     model = mlp()
     first = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
-    with pytest.warns(CurvatureWarning, match="no group of the optimizer has the weights of '2'.*add_param_group"):
+    with pytest.warns(CurvatureWarning, match="no group of this optimizer .* the weights of '2'.*add_param_group"):
         run = Run(model, optimizer=first)
         run.backward()
         run.preconditioner.step()
@@ -427,7 +427,7 @@ def test_a_scaler_unscales_before_the_step(fused: bool) -> None:
     assert said(lambda: train(True, hk.Orthogonal())) == []
     with pytest.raises(Refused, match=r"scaler divides .* Orthogonal .*scaler.unscale_\(optimizer\) before"):
         train(False, hk.Orthogonal())
-    assert said(lambda: train(False, None)) == []  # a plain curvature step is as linear as the division
+    assert said(lambda: train(False, None)) == []  # linear, where the curvature is that of the loss
 
 
 def test_optimizers_with_steps_of_their_own_are_told() -> None:
