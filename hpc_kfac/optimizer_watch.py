@@ -151,6 +151,7 @@ class OptimizerWatch:
         except AttributeError:  # a wrapper that has none, or no optimizer
             return []
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the optimizer's step; also more than once, where the step of a class calls that of its base."""
@@ -308,6 +309,7 @@ class OptimizerWatch:
         if math.isfinite(length) and length > rounding:
             self._moving = parameter.detach().clone(), expected
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
         if self._closure:

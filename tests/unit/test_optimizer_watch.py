@@ -134,7 +134,7 @@ def closure_without(run: Run) -> None:
 def test_the_wrong_order_is_told_once(control: Any, train: Callable[[Run], None], words: str) -> None:
     with pytest.warns(hk.CurvatureWarning, match=words + r".*the order is loss.backward\(\)") as told:
         train(Run(step_control=control))
-    assert len(told) == 1
+    assert sum("the order is" in str(each.message) for each in told) == 1
 
 
 def closure_with(run: Run) -> None:
