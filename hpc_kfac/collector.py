@@ -23,6 +23,7 @@ from hpc_kfac.layers import Capture, LayerBatch, LayerShape
 from hpc_kfac.methods.method import Method
 from hpc_kfac.micro_batches import Merged, StepTerms, fold
 from hpc_kfac.notices import Notices, Refused
+from hpc_kfac.observing import check_observed
 from hpc_kfac.step_report import LayerState
 from hpc_kfac.timing import timed
 
@@ -125,6 +126,8 @@ class Collector:
         sample_index: Tensor | None,
     ) -> None:
         """As `Preconditioner.observe`."""
+        sampled = self._fisher != "empirical" and not self._capture.paused
+        check_observed(outputs, loss, count, mask, loss_scale, sample_index, sampled)
         if self._capture.backward_seen:
             raise Refused(
                 "observe() was called after loss.backward(), which has taken the statistics already; call it between"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hpc_kfac import saved_state
 from hpc_kfac.agreement import Agreed
 from hpc_kfac.alike import check_alike, check_averaged, check_synchronized, describe, parameters_of
+from hpc_kfac.arguments import CHECKS, check_arguments
 from hpc_kfac.attachments import Attachments
 from hpc_kfac.base_optimizer import BaseOptimizer, Rule
 from hpc_kfac.collector import Collector, FisherSource
@@ -112,9 +113,10 @@ class Preconditioner:
             that are missing; None waits for ever. Over mpi4py only.
 
     Raises:
-        ValueError: a model without a layer that can be captured, KLClip without an optimizer, no `comm` where
-            torch.distributed, Horovod or MPI has several processes, other layers or settings than on rank 0, an
-            optimizer with a momentum of 1 under a length rule, or `LevenbergMarquardt` where its ratio steers nothing.
+        ValueError: an argument of another kind or out of range, a model without a layer that can be captured, KLClip
+            without an optimizer, no `comm` where torch.distributed, Horovod or MPI has several processes, other
+            layers or settings than on rank 0, an optimizer with a momentum of 1 under a length rule, or
+            `LevenbergMarquardt` where its ratio steers nothing.
     """
 
     def __init__(
@@ -137,6 +139,8 @@ class Preconditioner:
         check_weights_every: int | None = None,
         stall_seconds: float | None = None,
     ) -> None:
+        given = locals()
+        check_arguments({name: given[name] for name in CHECKS})
         if isinstance(step_control, KLClip) and step_control.needs_learning_rate and optimizer is None:
             raise ValueError("KLClip needs the learning rate: pass optimizer=..., or step_control=None")
         check_kind(optimizer)
@@ -273,13 +277,15 @@ class Preconditioner:
                 depend on the rank count.
 
         Raises:
-            Refused: it comes after the backward pass.
+            ValueError: an argument that has no meaning, or does not fit the outputs.
+            Refused: outputs without a graph, under the sampled and exact Fisher; or it comes after the backward pass.
         """
         self._attachments.check()
         if not self.capture.armed or not torch.is_grad_enabled():  # the second in an evaluation
             return
         self._scale_known = self._scale_known or loss_scale != 1.0
-        self._collector.observe(outputs, loss or CrossEntropy(), count, mask, loss_scale, sample_index)
+        loss = CrossEntropy() if loss is None else loss
+        self._collector.observe(outputs, loss, count, mask, loss_scale, sample_index)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
