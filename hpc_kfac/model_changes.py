@@ -209,6 +209,8 @@ class ModelChanges:
                     f"{about}: its weight was moved from {device} to {old.parameters[0].device} after the"
                     " preconditioner was made; move the model first, then make optimizer and preconditioner"
                 )
+            if reason := old.reshaped():
+                return reason
             if new is None or held is None or all(id(p) in held for p in new.parameters):
                 continue
             if new.parameters[0] is not old.parameters[0]:

@@ -231,6 +231,8 @@ class Capture:
 
     @torch.no_grad()
     def _batch(self, uses: list[Use], count: float, reading: Reading) -> LayerBatch:
+        if reason := self.layers[uses[0].layer].reshaped():
+            raise Refused(reason)
         for use in uses:
             if use.inputs._version != use.version:
                 self.forget()

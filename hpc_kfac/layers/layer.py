@@ -36,6 +36,7 @@ class CapturedLayer(ABC):
         assert weight is not None
         self.parameters: list[nn.Parameter] = [weight]
         self.parameters += [bias for bias in others if bias is not None and bias.requires_grad]
+        self._sizes = [parameter.shape for parameter in self.parameters]
         self.shape = self._shape()
         self.shared = False
 
@@ -65,6 +66,17 @@ class CapturedLayer(ABC):
         if other is None or other.module is not self.module:
             return False
         return [id(p) for p in self.parameters] == [id(p) for p in other.parameters]
+
+    def reshaped(self) -> str:
+        """What a parameter's shape has become since it was captured, in words; "" if it is as it was."""
+        for kind, parameter, size in zip(("weight", "bias"), self.parameters, self._sizes, strict=False):
+            if parameter.shape != size:
+                return (
+                    f"layer {self.name or 'the model'!r}: its {kind} has the shape {list(parameter.shape)}, and had"
+                    f" {list(size)} when the preconditioner was made; change the model first, then make optimizer and"
+                    " preconditioner"
+                )
+        return ""
 
     @property
     def has_bias(self) -> bool:

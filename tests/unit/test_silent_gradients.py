@@ -119,3 +119,25 @@ def test_statistics_that_cannot_be_worked_out_are_left_out() -> None:
         assert preconditioner.step().applied
         optimizer.step()
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+@pytest.mark.parametrize(("schedule", "at"), [(EVERY, 1), (EVERY, 4), (hk.Schedule(100, 100), 1)])
+def test_a_weight_of_another_shape_is_refused(schedule: hk.Schedule, at: int, fisher: str) -> None:
+    model, optimizer, preconditioner = made(schedule=schedule, fisher=fisher)
+
+    def step() -> None:
+        outputs = model(batch()[0])
+        preconditioner.observe(outputs)
+        F.cross_entropy(outputs, batch()[1]).backward()
+        del outputs  # the graph remembers shapes
+        preconditioner.step()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(at):
+        step()
+    model.head.weight.data, model.head.bias.data = torch.randn(8, 7), torch.zeros(8)
+    told = r"^layer 'head': its weight has the shape \[8, 7\], and had \[3, 7\] when .*; change the model first"
+    with pytest.raises(hk.Refused, match=told):
+        step()
