@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpc_kfac.layers import CapturedLayer
@@ -18,12 +19,19 @@ class Rule:
         momentum: weight of the old velocity or first moment; 0 for none.
         dampening: share of an update that the velocity leaves out.
         held: whether a group of the optimizer has the layer's weight.
+        bias: by how much more than the weight's group that of the bias makes of an update for good.
     """
 
     learning_rate: float = 1.0
     momentum: float = 0.0
     dampening: float = 0.0
     held: bool = True
+    bias: float = 1.0
+
+    @property
+    def gain(self) -> float:
+        """What the optimizer makes of an update for good, without the learning rate."""
+        return (1.0 - self.dampening) / (1.0 - self.momentum) if self.momentum < 1.0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,15 @@ class BaseOptimizer:
             raise ValueError(f"optimizer is a {kind}, which has no param_groups; pass the torch optimizer of the model")
         groups = [(_rule(group), group["params"]) for group in self.optimizer.param_groups]
         found = {id(p): rule for rule, parameters in groups for p in parameters}
-        return {name: found.get(id(layer.parameters[0]), ABSENT) for name, layer in self.layers.items()}
+        return {name: self._rule_of(layer, found) for name, layer in self.layers.items()}
+
+    @staticmethod
+    def _rule_of(layer: CapturedLayer, found: Mapping[int, Rule]) -> Rule:
+        rule, *others = (found.get(id(parameter), ABSENT) for parameter in layer.parameters)
+        for other in others:
+            if other is not rule and other.held and rule.held and other.gain != rule.gain:
+                return replace(rule, bias=other.gain / rule.gain)
+        return rule
 
     def learning_rates(self) -> dict[str, float]:
         """Of each layer at present; 1 without an optimizer, 0 for a layer that it does not have."""

@@ -357,6 +357,8 @@ class Preconditioner:
             scalars=agreed.scalars,
             layers=agreed.layers,
         )
+        if controls and report.applied:
+            self._even_out(rules)
         self._watch.written(report.applied, self._is_linear, report.statistics)
         self._count_skipped(report.applied)
         if report.statistics:
@@ -672,6 +674,14 @@ class Preconditioner:
         if kept != self._problem.momentum:
             self._problem = replace(self._problem, momentum=kept)
         return found
+
+    def _even_out(self, rules: Mapping[str, Rule]) -> None:
+        """Gives a bias whose group has another momentum than its weight's the length that it has under one."""
+        for name, rule in rules.items():
+            if rule.bias != 1.0 and name in self.capture.layers and name not in self._executor.left:
+                gradient = self.capture.layers[name].parameters[1].grad
+                if gradient is not None:
+                    gradient.div_(rule.bias)
 
     def _check_alike(self, settings: Mapping[str, Any]) -> None:
         try:

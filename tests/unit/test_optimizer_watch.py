@@ -313,3 +313,27 @@ def test_a_replaced_layer_whose_optimizer_was_mended_is_not_told_of() -> None:
         run.o.step()
 
     assert not any("no group" in text for text in said(go))
+
+
+@pytest.mark.parametrize("weight, bias", [(0.9, 0.0), (0.0, 0.9), (0.9, 0.5)])
+def test_a_bias_in_a_group_of_another_momentum_has_its_length(weight: float, bias: float) -> None:
+    def moved(weight: float, bias: float) -> list[float]:
+        """How far the first layer's weight and bias go in ten late steps of a constant gradient."""
+
+        def make(m: nn.Module) -> Any:
+            biases = [m[0].bias, m[2].bias]
+            weights = [m[0].weight, m[2].weight]
+            return SGD([{"params": weights, "momentum": weight}, {"params": biases, "momentum": bias}], lr=0.1)
+
+        run = Run(optimizer=make, schedule=hk.Schedule(1000, 1000))
+        run.p.retire()
+        for step in range(150):
+            if step == 140:
+                before = run.weights()
+            for parameter in run.m.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            run.p.step()
+            run.o.step()
+        return [(new - old).norm().item() for new, old in zip(run.weights()[:2], before[:2], strict=True)]
+
+    assert moved(weight, bias) == pytest.approx(moved(0.0, 0.0), rel=1e-2)
