@@ -369,8 +369,8 @@ class Preconditioner:
         self.steps += 1
         if agreed.changed:
             self._follow()
-        self._written.note(report.applied)
         self._start_step()
+        self._written.note(report.applied)
         return report
 
     @property

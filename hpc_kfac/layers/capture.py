@@ -51,6 +51,8 @@ class Capture:
         on_boundary: called when the forward pass of a new micro-batch begins after a backward pass.
         on_gradient: called with a layer's name when a backward pass has completed the gradient of its weight, and with
             it every use of the layer in that pass; not while the graph is kept for another pass.
+        on_arrival: called with a layer's name before a backward pass adds to the gradient of its weight, or in the
+            forward pass, where output gradients are not kept.
         on_discard: called with the names of layers whose gradient was cleared: what was taken of them in this step is
             void.
         completions: by layer whose weight's gradient was completed since the step began, and not cleared, the identity
@@ -85,12 +87,14 @@ class Capture:
         self.on_boundary: Callable[[], None] | None = None
         self.on_gradient: Callable[[str], None] | None = None
         self.on_discard: Callable[[Set[str]], None] | None = None
+        self.on_arrival: Callable[[str], None] | None = None
         self._arrived: dict[str, list[Use]] = {}  # whose output a backward pass has reached, by layer
         self._uses = 0
         self.micro_batch = 0
         self.paused = False
         self.backward_seen = False
         self.completions: dict[str, tuple[int, int]] = {}
+        self._filled: dict[str, Tensor] = {}  # whether the gradient was other than zero then
         self.sizes: dict[tuple[int, int], str] = {}
         self.sequences = ""
         self.time_first = next((name for name, module in named_modules(model) if _time_first(module)), "")
@@ -122,6 +126,10 @@ class Capture:
         trainable = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
         captured = [p for layer in self.layers.values() for p in layer.parameters if p.requires_grad]
         return sum(parameter.numel() for parameter in captured) / max(trainable, 1)
+
+    def has(self, parameter: nn.Parameter | None) -> bool:
+        """Whether it is one of the model's at present."""
+        return any(each is parameter for each in self._model.parameters())
 
     def follow(self, layers: Mapping[str, CapturedLayer], left_out: Sequence[LeftOut]) -> None:
         """Captures other layers from now on, between two steps; one that is as it was stays the same object."""
@@ -289,6 +297,8 @@ class Capture:
         self.backward_seen = True
         gradient = self.layers[name].parameters[0].grad
         self.completions[name] = (id(gradient), -1 if gradient is None else gradient._version)
+        if gradient is not None:
+            self._filled[name] = gradient.detach().any()
         if self.on_gradient is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
             self.on_gradient(name)
 
@@ -327,6 +337,8 @@ class Capture:
         if self.keep_output_gradients:
             output.register_hook(lambda gradient: self._arrive(use, gradient))
         else:
+            if self.on_arrival is not None:
+                self.on_arrival(name)
             node: Any = output.grad_fn
             node.metadata.setdefault(self, {})[output.output_nr] = use
 
@@ -350,6 +362,8 @@ class Capture:
         if self.paused or not self.armed:
             return
         gradient = gradient.detach()
+        if self.on_arrival is not None:
+            self.on_arrival(use.layer)
         if use.task != task:
             self._discard({use.layer} & self.completions.keys())
             if use.taken and use.layer in self.completions:
@@ -380,8 +394,13 @@ class Capture:
         gradient = self.layers[name].parameters[0].grad
         if gradient is None:
             return True
-        unchanged = self.completions[name] == (id(gradient), gradient._version)
-        return not unchanged and not bool(gradient.any())
+        if self.completions[name] == (id(gradient), gradient._version):
+            # Zeros that were written through `.data` leave the version as it is. A backward pass does not wait for
+            # a device to see them.
+            waits = gradient.device.type != "cpu" and torch._C._current_graph_task_id() != -1
+            if waits or not bool(self._filled[name]):
+                return False
+        return not bool(gradient.any())
 
 
 def _time_first(module: nn.Module) -> bool:

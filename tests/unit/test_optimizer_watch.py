@@ -337,3 +337,92 @@ def test_a_bias_in_a_group_of_another_momentum_has_its_length(weight: float, bia
         return [(new - old).norm().item() for new, old in zip(run.weights()[:2], before[:2], strict=True)]
 
     assert moved(weight, bias) == pytest.approx(moved(0.0, 0.0), rel=1e-2)
+
+
+# ---- gradients that were cleared, or not
+
+
+def clear_data(run: Run) -> None:
+    """As scripts did before torch 1.7; the count of changes stays as it is."""
+    for parameter in run.m.parameters():
+        if parameter.grad is not None:
+            parameter.grad.data.zero_()
+
+
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+def test_gradients_that_are_zeroed_through_data_are_cleared(fisher: Any, between: bool) -> None:
+    if between and fisher == "sampled":
+        return
+    run = Run(fisher=fisher)
+    for _ in range(4):
+        if not between:
+            clear_data(run)
+        outputs = run.m(run.x)
+        run.p.observe(outputs)
+        if between:
+            clear_data(run)
+        F.cross_entropy(outputs, run.y).backward()
+        assert run.p.step().applied
+        run.o.step()
+    outputs = run.m(run.x)
+    run.p.observe(outputs)
+    F.cross_entropy(outputs, run.y).backward()
+    with pytest.raises(hk.Refused, match="layer '2' was not cleared"):
+        run.p.step()
+
+
+def test_two_passes_with_zeroes_through_data_in_between_are_one() -> None:
+    """As in sharpness-aware minimisation."""
+    found = []
+    for passes in (1, 2):
+        run = Run()
+        for _ in range(3):
+            for number in range(passes):
+                clear_data(run)
+                run.backward(5.0 if number < passes - 1 else 1.0, clear=False)
+            assert run.p.step().applied
+            run.o.step()
+        found.append([*run.weights(), *run.p.factors("0").values()])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_zero_gradients_are_no_cleared_ones() -> None:
+    run = Run(micro_batches=2)
+    nn.init.zeros_(run.m[2].weight)  # so that the first layer's gradient is zero
+    run.backward()
+    run.backward(clear=False)
+    assert run.p._collector.passes == {"0": 2, "2": 2}
+    assert run.p.step().applied
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+def test_a_forward_pass_in_between_makes_no_new_gradients(stepped: bool) -> None:
+    run = Run()
+    run.backward()
+    run.p.step()
+    if stepped:
+        run.o.step()
+    run.m(run.x)
+    with pytest.raises(hk.Refused, match="twice"):
+        run.p.step()
+
+
+def test_a_layer_that_keeps_its_gradient_for_a_while_is_no_second_step() -> None:
+    """As with an optimizer of its own that is not its turn, or after the head was replaced."""
+    run = Run()
+    for step in range(4):
+        run.m[0].zero_grad()
+        run.m[2].requires_grad_(True)
+        if step % 2 == 0:
+            run.m[2].zero_grad()
+        inputs = torch.tanh(run.m[0](run.x))
+        F.cross_entropy(run.m[2](inputs) if step % 2 == 0 else inputs[:, :3], run.y).backward()
+        assert run.p.step().applied
+    head = Run(skip=["0"])
+    head.backward()
+    head.p.step()
+    head.m[2] = nn.Linear(7, 3)
+    head.o.param_groups[0]["params"] = list(head.m.parameters())
+    head.backward()
+    head.p.step()
