@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
-from collections.abc import Mapping
+import sys
+import weakref
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -22,6 +25,8 @@ PROBED = 1 << 16
 """So many entries of a gradient are compared one by one, the rest by their norm."""
 TOLERANCE = 1e-3
 """An allreduce gives all ranks the same bits; what they do to gradients afterwards, such as clipping, may round."""
+IMPLEMENTATION = {"foreach", "fused", "capturable", "differentiable"}
+"""What an optimizer's group says of the kernels that it uses."""
 AVERAGE = (
     "average them before preconditioner.step(): with Horovod by optimizer.synchronize(), with DistributedDataParallel"
     " by the last backward() outside no_sync(), else by an allreduce of every .grad"
@@ -37,28 +42,67 @@ def describe(layers: Mapping[str, CapturedLayer], settings: Mapping[str, Any]) -
     return facts | {name: _text(value) for name, value in settings.items()}
 
 
+def describe_optimizer(optimizer: Any) -> dict[str, str]:
+    """Its class, and the numbers of each group, such as learning rates; not how it is implemented."""
+    facts = {"the optimizer": type(optimizer).__name__}
+    for position, group in enumerate(getattr(optimizer, "param_groups", ())):
+        for key, value in group.items():
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = value.item()
+            plain = all(isinstance(each, int | float) for each in (value if isinstance(value, tuple) else (value,)))
+            if plain and key not in IMPLEMENTATION:
+                facts[f"{key} of the optimizer's group {position}"] = _text(value)
+    return facts
+
+
+def check_optimizers(optimizer: Any, comm: Communicator, step: int, sure: bool = False) -> None:
+    """Compares this rank's optimizer with rank 0's. Collective; one message of a number a rank if they are alike.
+
+    Args:
+        optimizer: takes the gradients; None if there is none.
+        comm: the ranks.
+        step: of the training.
+        sure: they differ, and this is to name what does.
+
+    Raises:
+        Refused: on all ranks, naming the first difference and the ranks where it is.
+    """
+    found = find_difference(describe_optimizer(optimizer), comm)
+    if found or sure:
+        raise Refused(
+            f"step {step}: the ranks' optimizers differ: {found or 'learning rate or momentum'}; make them alike on"
+            " all ranks, and give a scheduler that follows the loss, such as ReduceLROnPlateau, the mean over the ranks"
+        )
+
+
 def check_alike(facts: Mapping[str, str], comm: Communicator) -> None:
     """Compares the facts of all ranks. Collective; one message of a number a rank if they are equal.
 
     Raises:
         ValueError: on all ranks, naming the first difference from rank 0 and the ranks where it is.
     """
+    if found := find_difference(facts, comm):
+        raise ValueError(
+            f"the ranks' preconditioners differ: {found}; make them of the same model and with the same settings on all"
+            " ranks"
+        )
+
+
+def find_difference(facts: Mapping[str, str], comm: Communicator) -> str:
+    """The first difference from rank 0 and the ranks where it is, in words; empty if there is none. Collective."""
     if comm.size == 1:
-        return
+        return ""
     text = "\n".join(f"{topic}\t{fact}" for topic, fact in facts.items())
     own = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
     found, work = comm.allgather(torch.tensor([own]), "control", "what ranks must have in common")
     work.wait()
     if bool((found == found[0]).all()):
-        return
+        return ""
     first = dict(line.split("\t", 1) for line in long_text_of_first(comm, text).split("\n"))
     differences = exchange(comm, _difference(first, facts))
     worst = next(difference for difference in differences if difference)
     ranks = listed(rank for rank, difference in enumerate(differences) if difference == worst)
-    raise ValueError(
-        f"the ranks' preconditioners differ: {worst} on rank(s) {ranks}; make them of the same model and with the same"
-        " settings on all ranks"
-    )
+    return f"{worst} on rank(s) {ranks}"
 
 
 def parameters_of(layers: Mapping[str, CapturedLayer]) -> dict[str, nn.Parameter]:
@@ -99,13 +143,34 @@ def check_averaged(layers: Mapping[str, CapturedLayer], comm: Communicator, step
         )
 
 
-def check_synchronized(optimizer: Any) -> None:
-    """Whether Horovod's optimizer has finished its reductions. Not collective; Horovod begins them on all ranks alike.
+def find_averaging(parameters: Iterable[nn.Parameter]) -> list[weakref.ref[Any]]:
+    """Horovod's optimizers that average some of these parameters, whichever optimizer the preconditioner was given.
+
+    Looks through all objects, which takes some 0.1 s; nowhere else does Horovod say what it has hooked.
+    """
+    if "horovod.torch" not in sys.modules:
+        return []
+    wanted = set(map(id, parameters))
+    kinds = (torch.optim.Optimizer,)
+    optimizers = [each for each in gc.get_objects() if issubclass(type(each), kinds) and _of_horovod(each)]
+    held = ((each, {id(p) for group in each.param_groups for p in group["params"]}) for each in optimizers)
+    return [weakref.ref(each) for each, ids in held if not wanted.isdisjoint(ids)]
+
+
+def _of_horovod(optimizer: Any) -> bool:
+    return hasattr(optimizer, "skip_synchronize") and hasattr(optimizer, "_handles")
+
+
+def check_synchronized(optimizers: Iterable[Any]) -> None:
+    """Whether Horovod's have finished their reductions. Not collective; Horovod begins them on all ranks alike.
+
+    Args:
+        optimizers: others among them are not looked at.
 
     Raises:
-        Refused: it has not.
+        Refused: one has not.
     """
-    if getattr(optimizer, "_handles", None) and hasattr(optimizer, "skip_synchronize"):
+    if any(_of_horovod(each) and each._handles for each in optimizers):
         raise Refused(
             "Horovod still averages the gradients, and they would be preconditioned before: call"
             " optimizer.synchronize() before preconditioner.step(), and afterwards `with optimizer.skip_synchronize():"

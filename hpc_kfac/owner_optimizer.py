@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +77,7 @@ class OwnerOptimizer:
                 f"{assignment.workers} grad workers a layer and {assignment.helpers} helpers; owners update only what"
                 " they alone precondition: use Kaisa(grad_worker_fraction=0)"
             )
-        preconditioner.update_at_owners()
+        preconditioner.update_at_owners(self)
         # Of its own: hooks interleave these collectives with the preconditioner's, on every rank in another order.
         self._comm = preconditioner.comm.split(0)
         self.optimizer = optimizer
@@ -97,6 +98,9 @@ class OwnerOptimizer:
                 owners._reached(parameter)
 
         self._hooks = [parameter.register_post_accumulate_grad_hook(reached) for parameter in parameters]
+        with suppress(AttributeError):  # a wrapper that has none
+            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: _refuse_alone(found())))
+        self._stepping = False
         self._begin()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -121,8 +125,15 @@ class OwnerOptimizer:
         """Waits for the reduce-scatter: `.grad` becomes the mean over ranks on the owner and None elsewhere.
 
         Raises:
-            Refused: a parameter is trained that was frozen at the start.
+            Refused: a parameter is trained that was frozen at the start; or the last step was preconditioned, and
+                neither taken nor abandoned.
         """
+        if self._preconditioned:
+            raise Refused(
+                "OwnerOptimizer.step() did not follow the last preconditioner.step(), so that the ranks' weights are"
+                " not brought together: call its step() in place of the wrapped optimizer's, or abandon() to leave an"
+                " update out"
+            )
         for name, parameter in self._frozen.items():
             if parameter.requires_grad:
                 raise Refused(
@@ -140,6 +151,26 @@ class OwnerOptimizer:
                     parameter.grad = view / self._comm.size
                 else:
                     torch.div(view, self._comm.size, out=parameter.grad)
+        self._synchronized = True
+
+    def check_synchronized(self) -> None:
+        """Whether owners have the averaged gradients of this step.
+
+        Raises:
+            Refused: they have not.
+        """
+        if not self._synchronized:
+            raise Refused(
+                "the gradients are not averaged at their owners: call OwnerOptimizer.synchronize() between backward()"
+                " and preconditioner.step()"
+            )
+
+    def preconditioned(self, applied: bool) -> None:
+        """The preconditioner's step has been; one that is not `applied` is left out."""
+        if applied:
+            self._preconditioned = True
+        else:
+            self._begin()
 
     @torch.no_grad()
     def step(self, update: Callable[[], Any] | None = None) -> None:
@@ -148,7 +179,11 @@ class OwnerOptimizer:
         Args:
             update: what takes the wrapped optimizer's step, if not the optimizer itself.
         """
-        (update or self.optimizer.step)()
+        self._stepping = True
+        try:
+            (update or self.optimizer.step)()
+        finally:
+            self._stepping = False
         for bucket in self._buckets:
             for parameter, view, owner in zip(bucket.parameters, bucket.views, bucket.owners, strict=True):
                 if owner == self._comm.rank:
@@ -184,6 +219,7 @@ class OwnerOptimizer:
     def _begin(self) -> None:
         self._seen.clear()
         self._next = 0
+        self._synchronized = self._preconditioned = False
         for bucket in self._buckets:
             bucket.waiting = {id(p) for p in bucket.parameters}
             bucket.work = None
@@ -210,6 +246,15 @@ class OwnerOptimizer:
             bucket.work = self._comm.reduce_scatter(bucket.buffer, bucket.counts, "gradients", "gradients")
             self._next += 1
         self._comm.progress()
+
+
+def _refuse_alone(owners: OwnerOptimizer | None) -> None:
+    """For a step of the wrapped optimizer, which has gradients of this rank's layers alone."""
+    if owners is not None and owners._synchronized and not owners._stepping:
+        raise Refused(
+            "the wrapped optimizer's step() would move the weights that this rank owns, and the others nowhere: call"
+            " OwnerOptimizer.step()"
+        )
 
 
 def _owners(parameters: list[nn.Parameter], preconditioner: Preconditioner) -> dict[int, int]:

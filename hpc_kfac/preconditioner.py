@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hpc_kfac import saved_state
 from hpc_kfac.agreement import Agreed
-from hpc_kfac.alike import check_alike, check_averaged, check_synchronized, describe, parameters_of
+from hpc_kfac.alike import (
+    check_alike,
+    check_averaged,
+    check_optimizers,
+    check_synchronized,
+    describe,
+    find_averaging,
+    parameters_of,
+)
 from hpc_kfac.arguments import CHECKS, check_arguments
 from hpc_kfac.attachments import Attachments
 from hpc_kfac.base_optimizer import BaseOptimizer, Rule
@@ -53,6 +62,16 @@ PLANS = 256
 
 class TrainingDiverged(RuntimeError):
     """Too many optimisation steps in a row had non-finite gradients."""
+
+
+class Owners(Protocol):
+    """What updates the weights of a layer at its owner alone."""
+
+    def check_synchronized(self) -> None:
+        """Raises Refused unless owners have the averaged gradients."""
+
+    def preconditioned(self, applied: bool) -> None:
+        """They are preconditioned now; unless `applied`, the step is left out."""
 
 
 @dataclass
@@ -185,6 +204,8 @@ class Preconditioner:
             }
         )
         self._resting: dict[str, Resting] = {}
+        self._averaging: list[weakref.ref[Any]] | None = None  # Horovod's, as far as they have been looked for
+        self._owners: Callable[[], Owners | None] = lambda: None
         self.states = States(self._resting, self.capture.layers)
         self._device = next(model.parameters()).device
         self._model, self._base = model, BaseOptimizer(optimizer, self.capture.layers)
@@ -321,6 +342,15 @@ class Preconditioner:
             WeightsDiffer: the ranks' weights differ in the first step, or have drifted apart; on all ranks alike.
         """
         self._attachments.check()
+        if self._comm.rank >= self.assignment.trainers:
+            raise Refused(
+                f"rank {self._comm.rank} is a helper (placement helpers={self.assignment.helpers}) and takes no steps:"
+                " call preconditioner.serve() there in place of the training loop, and preconditioner.close() on the"
+                " other ranks after it"
+            )
+        owners = self._owners()
+        if owners is not None:
+            owners.check_synchronized()
         training = self._base.optimizer is not None
         self._written.check(self.notices, refuse=training)
         if self._comm.size > 1:
@@ -369,6 +399,8 @@ class Preconditioner:
         self.steps += 1
         if agreed.changed:
             self._follow()
+        if owners is not None:
+            owners.preconditioned(report.applied)
         self._start_step()
         self._written.note(report.applied)
         return report
@@ -453,8 +485,13 @@ class Preconditioner:
         """All ranks but the helpers."""
         return self._executor.groups.trainers
 
-    def update_at_owners(self) -> None:
-        """From now on only a layer's owner gets its preconditioned gradient, as `OwnerOptimizer` wants it."""
+    def update_at_owners(self, owners: Owners) -> None:
+        """From now on only a layer's owner gets its preconditioned gradient, as `OwnerOptimizer` wants it.
+
+        Args:
+            owners: updates; held weakly.
+        """
+        self._owners = weakref.ref(owners)
         self._problem = replace(self._problem, share=False)
         self._ratio.sharded = self._collector.doubts.sharded = True
         self._plans.clear()
@@ -695,12 +732,17 @@ class Preconditioner:
 
     def _check_ranks(self) -> None:
         """Whether all ranks still have the same weights, and averaged gradients."""
-        check_synchronized(self._base.optimizer)
+        check_synchronized([self._base.optimizer])
+        if self._averaging is None:
+            self._averaging = find_averaging(self._model.parameters())
+        if self._averaging:
+            check_synchronized([optimizer() for optimizer in self._averaging])
         due = self._check_weights_every and self.steps % self._check_weights_every == 0
         if self._checked and not due:
             return
         weights = dict(self._model.named_parameters()) if due else parameters_of(self.capture.layers)
         check_weights(weights, self.trainers, self.steps, DRIFTED if self._checked else STARTED)
+        check_optimizers(self._base.optimizer, self.trainers, self.steps)
         if self._problem.share:
             check_averaged(self.capture.layers, self.trainers, self.steps)
         self._checked = True

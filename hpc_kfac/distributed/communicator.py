@@ -20,7 +20,7 @@ from torch import Tensor
 from hpc_kfac.distributed import last_words
 from hpc_kfac.distributed.buffers import BufferPool
 from hpc_kfac.distributed.monitor import Monitor, Posting
-from hpc_kfac.distributed.world import SERIAL, refuse_forgotten
+from hpc_kfac.distributed.world import SERIAL, refuse_alone, refuse_forgotten
 
 SUMMABLE = (torch.float32, torch.float64, torch.int32, torch.int8, torch.bfloat16, torch.float16)
 
@@ -288,7 +288,7 @@ def communicator(comm: Any) -> Communicator:
             None for one process; "serial" for one process that works alone though others run beside it.
 
     Raises:
-        ValueError: None, and this process is one of several.
+        ValueError: None or MPI.COMM_SELF or a process group of this rank alone, and it is one of several.
         TypeError: anything else.
     """
     if comm is None:
@@ -298,12 +298,18 @@ def communicator(comm: Any) -> Communicator:
     if isinstance(comm, Communicator):
         return comm
     if hasattr(comm, "Iallreduce"):
+        from mpi4py import MPI
+
         from hpc_kfac.distributed.mpi import MPICommunicator
 
+        if comm == MPI.COMM_SELF:
+            refuse_alone("MPI.COMM_SELF")
         return MPICommunicator(comm)
     if torch.distributed.is_available() and isinstance(comm, torch.distributed.ProcessGroup):
         from hpc_kfac.distributed.torch_backend import TorchCommunicator
 
+        if comm.size() == 1:
+            refuse_alone("a process group of one rank")
         return TorchCommunicator(comm)
     value = f" ({comm!r})" if isinstance(comm, str) else ""
     raise TypeError(

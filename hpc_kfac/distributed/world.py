@@ -46,6 +46,21 @@ def refuse_forgotten() -> None:
         )
 
 
+def refuse_alone(name: str) -> None:
+    """For a `comm` of this process alone.
+
+    Raises:
+        ValueError: this process is one of several.
+    """
+    world = find_world()
+    if world is not None:
+        raise ValueError(
+            f"comm={name} is this process alone, but {world.library} has {world.size} processes, and each would take"
+            f' its own samples for the whole batch: pass comm={world.comm}, or comm="{SERIAL}" for a process that works'
+            " alone"
+        )
+
+
 def _horovod() -> World | None:
     horovod = sys.modules.get("horovod.torch")
     if horovod is None or not horovod.is_initialized() or horovod.size() == 1:
