@@ -22,9 +22,12 @@ Quadratic = Callable[[Tensor], Tensor]
 
 LOGGED = 5
 """Numbers of each layer that a logged step reduces, too: <U, D>, cosine, curvature share, size of update, staleness."""
-FIXED = 4
+FIXED = 9
 """Numbers that every step reduces: ranks with an update that is not finite, refreshed layers, failures, ranks where the
-model has changed."""
+model has changed; ranks with a gradient to compare, its amount and the square of that; the optimizer's rates and the
+square of that. What all N ranks have alike has N times the sum of squares for the square of its sum."""
+GRADIENTS, RATES = 1e-3, 1e-5
+"""Relative standard deviations over the ranks from which on they differ; gradients may be rounded after averaging."""
 
 
 def numbers(layers: int, control: StepControl) -> int:
@@ -49,6 +52,7 @@ class Agreed:
         changes: how much the factors of a layer have changed between two refreshes, where that was measured.
         layers: reports, where asked for.
         changed: some rank has found the model changed.
+        differing: what the ranks do not have alike: "gradients", "optimizers" or nothing.
     """
 
     applied: bool
@@ -59,6 +63,7 @@ class Agreed:
     changes: dict[str, float]
     layers: dict[str, LayerReport] = field(default_factory=dict)
     changed: bool = False
+    differing: str = ""
 
 
 class Agreement:
@@ -71,6 +76,10 @@ class Agreement:
         comm: the ranks that agree.
         control: bounds the step.
         dtype: of the products.
+
+    Attributes:
+        witness: the parameter whose averaged gradient all ranks compare in every step; None if there is none.
+        amount: of its gradient in this step; NaN where that is missing or sparse.
     """
 
     def __init__(
@@ -98,8 +107,10 @@ class Agreement:
         parameters = [p for p in model.parameters() if p.requires_grad]
         self._others = [p for p in parameters if id(p) not in captured]
         self._captured = [p for p in parameters if id(p) in captured]
-        # Of what each layer is given and of each other gradient: squares would overflow long before sums.
-        self._sums = self._products.new_zeros(len(self._layers) + len(self._others))
+        # Of what each layer is given, each other gradient and the witness: squares would overflow long before sums.
+        self._sums = self._products.new_zeros(len(self._layers) + len(self._others) + 1)
+        self.witness = min(self._captured, key=torch.numel, default=None)
+        self.amount = math.nan
         self._entries = self._sums.unbind()
         self._entry = dict(zip(self._layers, self._entries, strict=False))
         self._limits = {name: _limit(layer) for name, layer in self._layers.items()}
@@ -110,7 +121,13 @@ class Agreement:
         return numbers(len(self._layers), self._control) + len(inputs.scalars) + len(changes) + logged
 
     def start_step(self) -> None:
+        """Looks at the averaged gradients, which are still there."""
         self._measured.clear()
+        gradient = None if self.witness is None else self.witness.grad
+        if self._comm.size == 1 or gradient is None or gradient.is_sparse:
+            self._entries[-1].fill_(math.nan)
+        else:
+            _amount(gradient, self._entries[-1])
 
     def measure(self, name: str, update: Tensor, gradient: Tensor) -> None:
         """Notes <U, D> of a layer that this rank preconditions; needed where the control asks for it."""
@@ -170,7 +187,10 @@ class Agreement:
         if clip is not None:
             bounded = {name: clip.weight(inputs.learning_rates[name]) / LESS * products[name][0] for name in owned}
         finite = self._finite() and all(math.isfinite(value) for value in bounded.values())
-        values = [float(not finite), refreshed, float(failures), float(inputs.changed), *inputs.scalars.values()]
+        values = [float(not finite), refreshed, float(failures), float(inputs.changed)]
+        seen = self.amount if math.isfinite(self.amount) else 0.0
+        values += [float(math.isfinite(self.amount)), seen, seen**2, inputs.rates, inputs.rates**2]
+        values += inputs.scalars.values()
         values += [0.0 if change is None else 1.0 + change for change in changes.values()]
         first_clip = len(values)
         if clip is not None:
@@ -189,14 +209,16 @@ class Agreement:
             torch._foreach_mul_(gradients, self._scale)
         first_change = FIXED + len(inputs.scalars)
         found = zip(changes, totals[first_change:first_clip], strict=True)
+        differing = "" if totals[3] > 0 else self._differing(totals)
         return Agreed(
-            applied=totals[0] == 0 and math.isfinite(quadratic),
+            applied=totals[0] == 0 and math.isfinite(quadratic) and not differing,
             kl_scale=scale,
             refreshed=round(totals[1]),
             failures=int(totals[2]),
             scalars=dict(zip(inputs.scalars, totals[FIXED:first_change], strict=True)),
             changes={name: value - 1.0 for name, value in found if value > 0},
             changed=totals[3] > 0,
+            differing=differing,
             layers=self._reports(totals[first_log:], scale) if inputs.log else {},
         )
 
@@ -212,15 +234,23 @@ class Agreement:
 
     def _finite(self) -> bool:
         """Whether all that was written is, and what is left to the optimizer; a bad one of this rank alone counts."""
-        for parameter, entry in zip(self._others, self._entries[len(self._layers) :], strict=True):
+        for parameter, entry in zip(self._others, self._entries[len(self._layers) : -1], strict=True):
             if parameter.grad is None:
                 entry.zero_()
             else:
                 _amount(parameter.grad, entry)
-        largest = self._sums.tolist()
+        *largest, self.amount = self._sums.tolist()
         written = dict(zip(self._layers, largest, strict=False))
         others = largest[len(self._layers) :]
         return all(map(math.isfinite, others)) and all(written[n] < self._limits[n] for n in self._measured)
+
+    def _differing(self, totals: Sequence[float]) -> str:
+        """What the ranks do not have alike, by the sums of numbers and squares."""
+        compared, amounts, squares, rates, squared = totals[4:FIXED]
+        rounded = 0.0 if self.witness is None else 4 * torch.finfo(self.witness.dtype).eps
+        if _deviation(compared, amounts, squares) > max(GRADIENTS, rounded):
+            return "gradients"
+        return "optimizers" if _deviation(self._comm.size, rates, squared) > RATES else ""
 
     def _reports(self, values: list[float], scale: float) -> dict[str, LayerReport]:
         reports = {}
@@ -228,6 +258,12 @@ class Agreement:
             _, cosine, share, size, staleness = values[LOGGED * position : LOGGED * (position + 1)]
             reports[name] = LayerReport(cosine, share, scale * size, int(staleness))
         return reports
+
+
+def _deviation(count: float, total: float, squares: float) -> float:
+    """The standard deviation of so many numbers, by their root mean square; 0 for what is none."""
+    whole = count * squares
+    return math.sqrt(max(whole - total**2, 0.0) / whole) if 0 < whole < math.inf else 0.0
 
 
 def _limit(layer: CapturedLayer) -> float:

@@ -143,6 +143,30 @@ def check_averaged(layers: Mapping[str, CapturedLayer], comm: Communicator, step
         )
 
 
+def refuse_gradients(name: str, amount: float, comm: Communicator, step: int) -> None:
+    """For gradients that were found to differ. Collective.
+
+    Args:
+        name: of the parameter.
+        amount: of its gradient on this rank.
+        comm: the ranks.
+        step: of the training.
+
+    Raises:
+        Refused: on all ranks, with the ranks where it differs from the first one that has it.
+    """
+    found, work = comm.allgather(torch.tensor([amount], dtype=torch.float64), "control", "gradients")
+    work.wait()
+    amounts = found.flatten()
+    first = int(amounts.isfinite().nonzero()[0])
+    apart = (amounts - amounts[first]).abs().nan_to_num(0.0)
+    ranks = listed((apart > apart.max() * TOLERANCE).nonzero().flatten().tolist())
+    raise Refused(
+        f"step {step}: the gradients are not averaged over the ranks: that of {name} on rank(s) {ranks} differs from"
+        f" rank {first}'s; {AVERAGE}"
+    )
+
+
 def find_averaging(parameters: Iterable[nn.Parameter]) -> list[weakref.ref[Any]]:
     """Horovod's optimizers that average some of these parameters, whichever optimizer the preconditioner was given.
 

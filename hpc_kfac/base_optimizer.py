@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,6 +76,11 @@ class BaseOptimizer:
     def momentum(self) -> float:
         """The largest that it has for what is preconditioned, Adam's first moment included; 0 for none."""
         return max((rule.momentum for rule in self.rules().values()), default=0.0)
+
+
+def rates_of(rules: Iterable[Rule]) -> float:
+    """A number that changes with any learning rate, and any momentum that goes with one."""
+    return sum(rate * (2.0 + momentum) for rate, momentum in sorted({(r.learning_rate, r.momentum) for r in rules}))
 
 
 ABSENT = Rule(learning_rate=0.0, held=False)

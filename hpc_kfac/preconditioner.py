@@ -22,10 +22,11 @@ from hpc_kfac.alike import (
     describe,
     find_averaging,
     parameters_of,
+    refuse_gradients,
 )
 from hpc_kfac.arguments import CHECKS, check_arguments
 from hpc_kfac.attachments import Attachments
-from hpc_kfac.base_optimizer import BaseOptimizer, Rule
+from hpc_kfac.base_optimizer import BaseOptimizer, Rule, rates_of
 from hpc_kfac.collector import Collector, FisherSource
 from hpc_kfac.consistency import DRIFTED, STARTED, check_weights
 from hpc_kfac.costs import make_problem, refresh_flops, resident_bytes
@@ -335,8 +336,10 @@ class Preconditioner:
         Raises:
             TrainingDiverged: more than `max_skipped` steps in a row were not finite; on all ranks alike.
             RuntimeError: the step had more passes than `micro_batches`.
-            Refused: the sampled or exact Fisher without `observe`; gradients that are not averaged, as the first step
-                and checks of weights find, on all ranks alike; it was removed or replaced by a later one; it comes
+            Refused: the sampled or exact Fisher without `observe`; gradients that are not averaged, which the first
+                step and checks of weights compare in full and every step in one parameter, optimizers or learning
+                rates that differ, both on all ranks alike, and the step is left out; the rank is a helper; owners
+                update, and `synchronize` did not come before; it was removed or replaced by a later one; it comes
                 twice for one backward pass; the last step's gradients were not cleared; or the optimizer has none of
                 the model's parameters, on all ranks alike.
             WeightsDiffer: the ranks' weights differ in the first step, or have drifted apart; on all ranks alike.
@@ -368,6 +371,7 @@ class Preconditioner:
         damping = self.damping.at(self.steps, max(rates.values(), default=0.0))
         controls = self._controls(rules)
         inputs = StepInputs(self.steps, damping, rates, scalars or {}, log, self._collector.fold, controls, found)
+        inputs.rates = rates_of(rules.values())
         rule = self.damping if isinstance(self.damping, LevenbergMarquardt) and not self.retired else None
         self._ratio.due = rule is not None and rule.due(self.steps)
         if self._ratio.due:
@@ -403,6 +407,8 @@ class Preconditioner:
             owners.preconditioned(report.applied)
         self._start_step()
         self._written.note(report.applied)
+        if agreed.differing:
+            self._refuse_differing(agreed.differing)
         return report
 
     @property
@@ -746,6 +752,15 @@ class Preconditioner:
         if self._problem.share:
             check_averaged(self.capture.layers, self.trainers, self.steps)
         self._checked = True
+
+    def _refuse_differing(self, what: str) -> None:
+        """After a step that was left out since ranks are apart. Collective."""
+        if what == "optimizers":
+            check_optimizers(self._base.optimizer, self.trainers, self.steps - 1, sure=True)
+        agreement = self._executor.agreement
+        names = {id(p): name for name, p in parameters_of(self.capture.layers).items()}
+        name = names.get(id(agreement.witness), "a parameter")
+        refuse_gradients(name, agreement.amount, self.trainers, self.steps - 1)
 
     def _free_communicators(self) -> None:
         """On all ranks, helpers included. A `Communicator` that was passed as `comm` is left as it is."""

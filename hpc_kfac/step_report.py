@@ -71,6 +71,7 @@ class StepInputs:
         log: measure how strongly each layer is preconditioned.
         fold: folds what is left of the step's statistics into the running averages.
         changed: this rank has found the model changed.
+        rates: one number of the optimizer's learning rates and momenta, which all ranks are to have alike.
     """
 
     number: int
@@ -81,6 +82,7 @@ class StepInputs:
     fold: Callable[[], None]
     controls: Mapping[str, FixedNorm] = field(default_factory=dict)
     changed: bool = False
+    rates: float = 0.0
 
 
 @dataclass

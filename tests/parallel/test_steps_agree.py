@@ -126,3 +126,37 @@ def test_horovod_is_seen_behind_another_optimizer(comm):
                 outer.synchronize()
         beside.synchronize()
         preconditioner.remove()
+
+
+@pytest.mark.ranks(2)
+def test_what_ranks_do_apart_later_is_refused(comm, process_group):
+    """In any step, and the weights stay as they are."""
+    model = net()
+    optimizer = sgd(model)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    preconditioner = made(model, optimizer, comm)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    assert train(ddp, comm, preconditioner, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    with ddp.no_sync():
+        words = r"step 1: the gradients are not averaged over the ranks: that of 2.bias on rank\(s\) 1 differs from"
+        refused_on_all(comm, words, lambda: train(ddp, comm, preconditioner, optimizer))
+    optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    assert train(ddp, comm, preconditioner, optimizer)
+    for epoch in range(2):
+        scheduler.step(1.0 + epoch * comm.rank)
+    words = r"step 3: the ranks' optimizers differ: lr of .* group 0 is 0.1 on rank 0 and 0.0\d+ on rank\(s\) 1.*mean"
+    if comm.rank == 0:
+        optimizer.param_groups[0]["lr"] = 0.1
+    refused_on_all(comm, words, lambda: train(ddp, comm, preconditioner, optimizer))
+    optimizer.param_groups[0]["lr"] = 0.05
+    assert train(ddp, comm, preconditioner, optimizer)
+    preconditioner.remove()
+
+
+def train(ddp: nn.Module, comm, preconditioner: hk.Preconditioner, optimizer) -> bool:
+    backward(ddp, comm.rank)
+    report = preconditioner.step()
+    optimizer.step()
+    return report.applied
