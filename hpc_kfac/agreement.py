@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from hpc_kfac.distributed.communicator import Communicator
 from hpc_kfac.layers import CapturedLayer
 from hpc_kfac.linalg.scaling import size_of
 from hpc_kfac.linalg.workspace import Workspace
+from hpc_kfac.notices import Refused
 from hpc_kfac.step_control import KLClip, StepControl
 from hpc_kfac.step_report import LayerReport, StepInputs
 
@@ -22,10 +24,11 @@ Quadratic = Callable[[Tensor], Tensor]
 
 LOGGED = 5
 """Numbers of each layer that a logged step reduces, too: <U, D>, cosine, curvature share, size of update, staleness."""
-FIXED = 9
+FIXED = 10
 """Numbers that every step reduces: ranks with an update that is not finite, refreshed layers, failures, ranks where the
 model has changed; ranks with a gradient to compare, its amount and the square of that; the optimizer's rates and the
-square of that. What all N ranks have alike has N times the sum of squares for the square of its sum."""
+square of that; a number for the names of the caller's numbers. What all N ranks have alike has N times the sum of
+squares for the square of its sum."""
 GRADIENTS, RATES = 1e-3, 1e-5
 """Relative standard deviations over the ranks from which on they differ; gradients may be rounded after averaging."""
 
@@ -100,6 +103,7 @@ class Agreement:
         self._scale = torch.ones((), dtype=dtype, device=device)
         self._vectors: dict[int, Tensor] = {}
         self._measured: set[str] = set()
+        self._asked: dict[tuple[bool, tuple[str, ...]], float] = {(False, ()): 0.0}
 
     def watch(self, model: nn.Module, layers: Mapping[str, CapturedLayer]) -> None:
         """Takes the parameters that are trained now; only those of these layers are clipped."""
@@ -179,6 +183,7 @@ class Agreement:
             failures: decompositions that failed on this rank.
             changes: the layers whose change is asked for, with the change where this rank has measured it.
         """
+        asked = self._compare(inputs)
         clip = self._control if isinstance(self._control, KLClip) else None
         measured = self._products.tolist() if clip is not None or inputs.log else [[0.0] * LOGGED] * len(self._layers)
         products = dict(zip(self._layers, measured, strict=True))
@@ -189,7 +194,7 @@ class Agreement:
         finite = self._finite() and all(math.isfinite(value) for value in bounded.values())
         values = [float(not finite), refreshed, float(failures), float(inputs.changed)]
         seen = self.amount if math.isfinite(self.amount) else 0.0
-        values += [float(math.isfinite(self.amount)), seen, seen**2, inputs.rates, inputs.rates**2]
+        values += [float(math.isfinite(self.amount)), seen, seen**2, inputs.rates, inputs.rates**2, asked]
         values += inputs.scalars.values()
         values += [0.0 if change is None else 1.0 + change for change in changes.values()]
         first_clip = len(values)
@@ -201,6 +206,8 @@ class Agreement:
                 left = [0.0, float(self._owned[name]), 0.0, 0.0, 0.0]
                 values += products[name] if name in owned else left
         totals = self._sum(values)
+        if totals[9] != self._comm.size * asked:
+            raise Refused(f"ranks differ in {_call(inputs)}: give the same names and the same log on all ranks")
         quadratic = sum(totals[first_clip:first_log])
         scale = 1.0 if clip is None else clip.scale(quadratic)
         gradients = [p.grad for p in self._captured if p.grad is not None]
@@ -222,6 +229,14 @@ class Agreement:
             layers=self._reports(totals[first_log:], scale) if inputs.log else {},
         )
 
+    def _compare(self, inputs: StepInputs) -> float:
+        """A number for what is asked for beside the step; what is new must be so on all ranks: lengths depend on it."""
+        key = (bool(inputs.log), tuple(inputs.scalars))
+        if key not in self._asked:
+            self._comm.meet(_call(inputs))
+            self._asked[key] = float(zlib.crc32(repr(key).encode()) + 1)
+        return self._asked[key]
+
     def _sum(self, values: list[float]) -> list[float]:
         vector = self._vectors.get(len(values))
         if vector is None:
@@ -230,6 +245,7 @@ class Agreement:
         array[:] = values
         if self._comm.size > 1:
             self._comm.allreduce(vector, "control", "step control").wait()
+            self._comm.monitor.steps += 1
         return vector.tolist()
 
     def _finite(self) -> bool:
@@ -246,7 +262,7 @@ class Agreement:
 
     def _differing(self, totals: Sequence[float]) -> str:
         """What the ranks do not have alike, by the sums of numbers and squares."""
-        compared, amounts, squares, rates, squared = totals[4:FIXED]
+        compared, amounts, squares, rates, squared = totals[4:9]
         rounded = 0.0 if self.witness is None else 4 * torch.finfo(self.witness.dtype).eps
         if _deviation(compared, amounts, squares) > max(GRADIENTS, rounded):
             return "gradients"
@@ -264,6 +280,10 @@ def _deviation(count: float, total: float, squares: float) -> float:
     """The standard deviation of so many numbers, by their root mean square; 0 for what is none."""
     whole = count * squares
     return math.sqrt(max(whole - total**2, 0.0) / whole) if 0 < whole < math.inf else 0.0
+
+
+def _call(inputs: StepInputs) -> str:
+    return f"step(scalars={{{', '.join(map(repr, inputs.scalars))}}}, log={bool(inputs.log)})"
 
 
 def _limit(layer: CapturedLayer) -> float:

@@ -59,6 +59,7 @@ def save(
         TypeError: something that cannot be saved, which the message names, on all ranks.
     """
     with lent(_ranks(preconditioner, comm)) as ranks:
+        ranks.meet("checkpoint.save (collective)")
         common, own = _collected(ranks, model, optimizer, extra if extra is not None and ranks.rank == 0 else {})
         checkpoints = Checkpoints(Path(folder), Checkpointing(keep_last=keep_last, keep_best=False), ranks, _quiet)
         if preconditioner is not None:
@@ -97,6 +98,7 @@ def load(
         ValueError: one of several processes, without `comm` and preconditioner.
     """
     with lent(_ranks(preconditioner, comm)) as ranks:
+        ranks.meet("checkpoint.load (collective)")
         saved = find(Path(path), ranks, _quiet if ranks.rank else _warn)
         extra = together(ranks, lambda: from_tree(saved.common.get("extra", {})))
         put_back(saved, ranks, model, optimizer, preconditioner)

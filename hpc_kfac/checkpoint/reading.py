@@ -90,7 +90,7 @@ def newest(folder: Path, comm: Communicator, warn: Callable[[str], None]) -> Sav
         if comm.rank == 0:
             warn(f"Warning: checkpoint {path.name} cannot be used: {problem}")
     if problem:
-        raise BrokenCheckpoint(f"no checkpoint in {folder} is in order; train anew with --resume never")
+        raise BrokenCheckpoint(f"no checkpoint in {folder} is in order: load another one, or train anew")
     return None
 
 

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from hpc_kfac.distributed import last_words
 from hpc_kfac.distributed.buffers import BufferPool
+from hpc_kfac.distributed.letters import MEND, Letters
 from hpc_kfac.distributed.monitor import Monitor, Posting
 from hpc_kfac.distributed.world import SERIAL, refuse_alone, refuse_forgotten
+from hpc_kfac.notices import Refused
 
 SUMMABLE = (torch.float32, torch.float64, torch.int32, torch.int8, torch.bfloat16, torch.float16)
 
@@ -83,7 +85,10 @@ class Family:
         monitor: what this rank has posted and waits for.
         pending: collectives that have not ended; kept here because they write to buffers even if nobody waits.
         scratch: buffers that are needed while a collective is in flight.
+        letters: messages beside the collectives; None for one process, and where threads must not call MPI.
     """
+
+    letters: Letters | None = None
 
     def __init__(self) -> None:
         self.traffic: Counter[str] = Counter()
@@ -187,6 +192,22 @@ class Communicator(ABC):
             for work in list(self._family.pending.values()):
                 work.done()
 
+    def meet(self, text: str) -> None:
+        """Waits until all ranks are about to do the same, before they post collectives that others would not match.
+
+        Collective.
+
+        Args:
+            text: what this rank is about to do, for messages.
+
+        Raises:
+            Refused: the others are about to do something else, or have ended, or do not come.
+        """
+        if self.size > 1 and self._family.letters is not None:
+            texts = self._family.letters.meet(self.members, text)
+            if len(texts) > 1:
+                raise Refused(f"ranks are in different calls: {' on some, '.join(texts)} on others: {MEND}")
+
     def split(self, color: int) -> Communicator:
         """The sub-group of all ranks that gave the same colour, in rank order. Collective."""
         self._splits += 1
@@ -207,6 +228,8 @@ class Communicator(ABC):
         for child in reversed(self._children[:]):
             child.free()
         if self._parent is None:
+            if self._family.letters is not None:
+                self._family.letters.free()
             for work in list(self._family.pending.values()):
                 work.wait()
         else:

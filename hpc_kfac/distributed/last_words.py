@@ -13,13 +13,13 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from hpc_kfac.distributed.letters import leave
 from hpc_kfac.distributed.watchdog import stop_all
 from hpc_kfac.distributed.world import find_mpi, find_world
 
@@ -82,6 +82,7 @@ def leave_mpi() -> None:
     from mpi4py import MPI
 
     stop_all()
+    leave()
     horovod = sys.modules.get("horovod.torch")
     if horovod is not None and horovod.is_initialized():
         horovod.shutdown()
@@ -170,9 +171,10 @@ def _meet_over_torch(words: str, say: _Say) -> None:
     if rank == 0:
         say()
         store.set(here + "0", words)
-        store.wait([f"{here}{other}" for other in range(1, size)], timedelta(seconds=PATIENCE))
+        others = [f"{here}{other}" for other in range(1, size)]
+        _until(PATIENCE, lambda: store.check(others))
         return
-    store.wait([here + "0"], timedelta(seconds=PATIENCE))
-    if store.get(here + "0").decode() != words:
+    _until(PATIENCE, lambda: store.check([here + "0"]))  # `wait` would write lines of its own
+    if not store.check([here + "0"]) or store.get(here + "0").decode() != words:
         say()
     store.set(f"{here}{rank}", "")

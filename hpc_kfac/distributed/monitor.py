@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -61,13 +62,15 @@ class Monitor:
         rank: of this process, in the communicator that all others were split from.
         posted: number of collectives posted by name of the communicator.
         recent: the last ones, newest last.
+        steps: that it has taken.
     """
 
     def __init__(self) -> None:
-        self.rank = 0
+        self.rank = self.steps = 0
         self.posted: Counter[str] = Counter()
         self.recent: deque[Posting] = deque(maxlen=KEPT_POSTINGS)
         self._waits: dict[Posting, float] = {}
+        self._main: dict[Posting, float] = {}  # those of the main thread
 
     def post(self, group: str, members: tuple[int, ...], kind: str, label: str, about: str) -> Posting:
         """Notes that a collective was posted."""
@@ -79,16 +82,23 @@ class Monitor:
     @contextmanager
     def waiting(self, posting: Posting) -> Iterator[None]:
         """Notes that a thread waits for a collective while in the block."""
-        self._waits[posting] = time.monotonic()
+        self._waits[posting] = now = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            self._main[posting] = now
         try:
             yield
         finally:
             del self._waits[posting]
+            self._main.pop(posting, None)
 
     def oldest_wait(self) -> tuple[Posting, float] | None:
         """What has been waited for longest, and since when; None if nothing is waited for."""
         waits = list(self._waits.items())
         return min(waits, key=lambda wait: wait[1]) if waits else None
+
+    def main_wait(self) -> tuple[Posting, float] | None:
+        """What the main thread waits for, and since when."""
+        return next(iter(list(self._main.items())), None)
 
     def answer(self, group: str, number: int) -> Answer:
         """What another rank wants to know that waits for collective `number` of a group."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from hpc_kfac import stack
 from hpc_kfac.distributed.buffers import BufferPool
 from hpc_kfac.distributed.communicator import Communicator, Family, Flight, segments
+from hpc_kfac.distributed.letters import MPILetters
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -32,6 +33,8 @@ class MPICommunicator(Communicator):
         self.rank, self.size = comm.rank, comm.size
         if family is None:
             self.monitor.rank = comm.rank
+            if comm.size > 1 and _threads_may_call():
+                self._family.letters = MPILetters(comm, self.monitor)
 
     @property
     def mpi(self) -> Any:
@@ -150,6 +153,12 @@ def _takes_gpu_memory() -> bool:
     from mpi4py import MPI
 
     return MPI.get_vendor()[0] != "Open MPI" and any(s.endswith("=1") for s in stack.gpu_aware().split(", "))
+
+
+def _threads_may_call() -> bool:
+    from mpi4py import MPI
+
+    return MPI.Query_thread() >= MPI.THREAD_MULTIPLE
 
 
 @cache

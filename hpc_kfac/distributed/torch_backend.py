@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.distributed.communicator import Communicator, Family, Flight, segments
+from hpc_kfac.distributed.letters import StoreLetters
 
 
 class TorchCommunicator(Communicator):
@@ -26,6 +27,10 @@ class TorchCommunicator(Communicator):
         super().__init__(family, name, members)
         self._group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        if family is None:
+            self.monitor.rank = self.rank
+            if self.size > 1:
+                self._family.letters = StoreLetters(group.group_name, self.monitor, self.size)
 
     def _split(self, color: int, name: str) -> Communicator:
         told: list[tuple[int, set[tuple[int, ...]]]] = [(0, set())] * self.size

@@ -92,7 +92,7 @@ def load_start(start: Start, settings: Settings, ranks: Ranks, say: Callable[[st
         with lent(ranks.carrier) as comm:
             saved = (newest if start.folder is not None else find)(start.source, comm, say)
     except BrokenCheckpoint as error:
-        raise InputError(str(error)) from error
+        raise InputError(f"{error} (--resume never)" if start.folder is not None else str(error)) from error
     if saved is None:
         return None
     with ranks.agreed():
