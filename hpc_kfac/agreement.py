@@ -207,7 +207,7 @@ class Agreement:
                 values += products[name] if name in owned else left
         totals = self._sum(values)
         if totals[9] != self._comm.size * asked:
-            raise Refused(f"ranks differ in {_call(inputs)}: give the same names and the same log on all ranks")
+            raise Refused("ranks differ in the names of step(scalars=...) or in log: give all the same")
         quadratic = sum(totals[first_clip:first_log])
         scale = 1.0 if clip is None else clip.scale(quadratic)
         gradients = [p.grad for p in self._captured if p.grad is not None]
