@@ -39,6 +39,8 @@ from hpc_kfac.distributed import (
     Watchdog,
     communicator,
 )
+from hpc_kfac.distributed.communicator import knows_comm
+from hpc_kfac.distributed.world import SERIAL
 from hpc_kfac.execution import Executor
 from hpc_kfac.fisher import CrossEntropy, OutputDistribution
 from hpc_kfac.layers import Capture, CapturedLayer, LayerShape
@@ -176,7 +178,9 @@ class Preconditioner:
         self.skipped = 0
         self.retired = self._closed = False
         self.timings: dict[str, float] = defaultdict(float)
-        self._comm = communicator(comm)
+        # A second preconditioner may be meant for this process alone: the script knows of comm= by then.
+        alone = comm is None and knows_comm() and not hasattr(optimizer, "synchronize")
+        self._comm = communicator(SERIAL if alone else comm)
         self._comm_is_lent = self._comm is comm
         self.capture = Capture(
             model,
@@ -215,6 +219,12 @@ class Preconditioner:
         self._check_weights_every = check_weights_every
         self._skipped_in_row = 0
         self.notices = Notices(self._comm.rank)
+        if alone:
+            self.notices.once(
+                "alone",
+                "comm is not given, though another preconditioner of this process has one: this one works alone, with"
+                f' its own samples; comm="{SERIAL}" says so, and pass the comm of the other one if it is not meant',
+            )
         self._watchdog = None
         if stall_seconds is not None and isinstance(self._comm, MPICommunicator) and self._comm.size > 1:
             self._watchdog = Watchdog(self._comm.mpi, self._comm.monitor, stall_seconds)

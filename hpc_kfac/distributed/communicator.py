@@ -8,6 +8,7 @@ waited for later. All ranks must post the same collectives in the same order.
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -303,6 +304,10 @@ class SerialCommunicator(Communicator):
         return None
 
 
+_JOINED: weakref.WeakSet[Communicator] = weakref.WeakSet()
+"""Made of what users have passed, of several processes."""
+
+
 def communicator(comm: Any) -> Communicator:
     """Wraps what a user passes as `comm`. Collective: mpi4py communicators and process groups are duplicated.
 
@@ -327,18 +332,29 @@ def communicator(comm: Any) -> Communicator:
 
         if comm == MPI.COMM_SELF:
             refuse_alone("MPI.COMM_SELF")
-        return MPICommunicator(comm)
+        return _joined(MPICommunicator(comm))
     if torch.distributed.is_available() and isinstance(comm, torch.distributed.ProcessGroup):
         from hpc_kfac.distributed.torch_backend import TorchCommunicator
 
         if comm.size() == 1:
             refuse_alone("a process group of one rank")
-        return TorchCommunicator(comm)
+        return _joined(TorchCommunicator(comm))
     value = f" ({comm!r})" if isinstance(comm, str) else ""
     raise TypeError(
         f"comm is a {type(comm).__name__}{value}; pass MPI.COMM_WORLD, a torch.distributed process group, None for one"
         f' process, or "{SERIAL}" for a process that works alone beside others'
     )
+
+
+def knows_comm() -> bool:
+    """Whether the script has given a `comm` of several processes before, which is still in use."""
+    return any(not comm._freed for comm in _JOINED)
+
+
+def _joined(comm: Communicator) -> Communicator:
+    if comm.size > 1:
+        _JOINED.add(comm)
+    return comm
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from mpi4py import MPI
@@ -43,6 +45,7 @@ def made(monkeypatch):
 
 @pytest.mark.ranks(3, timeout=400)
 def test_a_forgotten_comm_is_refused(comm, tmp_path):
+    gc.collect()  # preconditioners of earlier tests
     for call in (lambda: hk.Preconditioner(net()), lambda: checkpoint.save(tmp_path, 1, model=net())):
         with pytest.raises(ValueError, match=r"MPI has 3 processes.*pass comm=MPI.COMM_WORLD, or comm=\"serial\""):
             call()
@@ -53,6 +56,12 @@ def test_a_forgotten_comm_is_refused(comm, tmp_path):
     checkpoint.save(tmp_path, 1, model=net(), comm="serial")
     with pytest.raises(TypeError, match=r"comm is a str \('alone'\)"):
         hk.Preconditioner(net(), comm="alone")
+    together = hk.Preconditioner(net(), comm=comm)
+    with pytest.warns(hk.CurvatureWarning, match='comm is not given, though another.*comm="serial" says so'):
+        assert hk.Preconditioner(net()).comm.size == 1
+    together.remove()
+    with pytest.raises(ValueError, match="comm is not given"):
+        hk.Preconditioner(net())
 
 
 @pytest.mark.ranks(3, timeout=400)
