@@ -260,6 +260,12 @@ def train_compiled(
     return factors(preconditioner), weights, dict(counters["stats"])
 
 
+@pytest.fixture(autouse=True)
+def alone() -> None:
+    """Preconditioners of other tests, which tracebacks have kept, are gone: one that is armed has all code uncompiled."""
+    gc.collect()
+
+
 @pytest.fixture(scope="module")
 def uncompiled() -> dict[bool, Any]:
     return {varied: train_compiled(lambda model: model, "before", varied=varied) for varied in (False, True)}
