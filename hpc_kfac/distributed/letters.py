@@ -28,8 +28,8 @@ LONG = 1.0
 """Seconds of waiting after which the thread looks for letters."""
 LOOK = 0.25
 """Seconds between its looks."""
-LATEST = 60.0
-"""Seconds that a rank waits for the others in `meet`."""
+LATEST = 600.0
+"""Seconds that a rank waits for the others in `meet`: one may evaluate for minutes before all save."""
 MANY = 64
 """A rank that ends tells all others, among more ranks than these the next one alone."""
 MEND = "call it on all ranks alike, not under `if rank == 0`"

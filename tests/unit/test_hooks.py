@@ -262,7 +262,7 @@ def train_compiled(
 
 @pytest.fixture(autouse=True)
 def alone() -> None:
-    """Preconditioners of other tests, which tracebacks have kept, are gone: one that is armed has all code uncompiled."""
+    """Preconditioners that tracebacks of other tests kept are gone: one that is armed has all code run uncompiled."""
     gc.collect()
 
 
