@@ -320,4 +320,5 @@ def test_update_size_and_staleness_of_a_step(control: hk.KLClip | hk.FixedNorm |
             assert layer.update == pytest.approx(update / weights, rel=1e-5)
             assert layer.staleness == step % 3
         optimizer.step()
+    optimizer.zero_grad()
     assert preconditioner.step().layers == {}
