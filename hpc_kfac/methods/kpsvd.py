@@ -160,7 +160,8 @@ class KPSVD(KFAC):
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         total = super().quadratic(delta, state, shape)
         if self._fitted(shape) and self.terms == 2:
-            second = _shared(state["A2"], state["G2"], "2")
+            found = _shared(state["A2"], state["G2"], "2")
+            second = {name: factor.to(delta.dtype) for name, factor in found.items()}
             total = total + (delta * (second["G2"] @ delta @ second["A2"])).sum()
         return total
 
