@@ -46,7 +46,8 @@ class Net(nn.Module):
 
 def make(name: str, settings: dict[str, Any], **more: Any) -> tuple[Net, hk.Preconditioner]:
     model = randomised(Net())
-    rows = {"rows": 512} if "rows" in hk.METHODS[name].__dataclass_fields__ else {}
+    enough = SAMPLES * 3 * (5 if "positions" in settings else 1)  # draws and positions of all samples
+    rows = {"rows": enough} if "rows" in hk.METHODS[name].__dataclass_fields__ else {}
     method = hk.METHODS[name](**{**rows, **settings})
     defaults = {"schedule": hk.Schedule(1, 1), "step_control": None, "precision": DOUBLE}
     return model, hk.Preconditioner(model, method=method, **{**defaults, **more})  # type: ignore[arg-type]
