@@ -60,7 +60,7 @@ def go(words: list[str], ranks: Ranks, folder: Path, stop: int | None = None) ->
     requests = StopAfter(lambda: loop.progress.step, stop) if stop is not None else StopRequests(None, 0.0)
     saver = Saver(setup, run_folder, print, requests)
     loop = Loop(setup, run_folder, Console(False), saver)
-    saved = newest(folder / "checkpoints", communicator(ranks.comm), print)
+    saved = newest(folder / "checkpoints", communicator(ranks.carrier), print)
     if saved is not None:
         loop.restore(saved)
     try:
