@@ -108,9 +108,14 @@ def read_file(original: Callable[..., Any], *words: Any) -> Any:
     return original(*words)
 
 
-def restore(original: Callable[..., None], *words: Any) -> None:
-    original(*words)
-    moment("restored")
+def restore(original: Callable[..., Callable[[], None]], *words: Any) -> Callable[[], None]:
+    put = original(*words)
+
+    def restored() -> None:
+        put()
+        moment("restored")
+
+    return restored
 
 
 def replace(original: Callable[..., None], source: Any, target: Any) -> None:
@@ -129,6 +134,6 @@ wrap(sets, "sync_folder", sync_folder)
 wrap(Path, "rename", rename)
 wrap(shutil, "rmtree", rmtree)
 wrap(reading, "read_file", read_file)
-wrap(library, "restore", restore)
+wrap(library, "prepare", restore)
 wrap(os, "replace", replace)
 sys.exit(cli.main())
