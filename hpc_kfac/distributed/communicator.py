@@ -22,7 +22,7 @@ from hpc_kfac.distributed import last_words
 from hpc_kfac.distributed.buffers import BufferPool
 from hpc_kfac.distributed.letters import MEND, Letters
 from hpc_kfac.distributed.monitor import Monitor, Posting
-from hpc_kfac.distributed.world import SERIAL, refuse_alone, refuse_forgotten
+from hpc_kfac.distributed.world import SERIAL, refuse_alone
 from hpc_kfac.notices import Refused
 
 SUMMABLE = (torch.float32, torch.float64, torch.int32, torch.int8, torch.bfloat16, torch.float16)
@@ -320,7 +320,7 @@ def communicator(comm: Any) -> Communicator:
         TypeError: anything else.
     """
     if comm is None:
-        refuse_forgotten()
+        refuse_alone("comm is not given")
     if comm is None or (isinstance(comm, str) and comm == SERIAL):
         return SerialCommunicator()
     if isinstance(comm, Communicator):
@@ -331,13 +331,13 @@ def communicator(comm: Any) -> Communicator:
         from hpc_kfac.distributed.mpi import MPICommunicator
 
         if comm == MPI.COMM_SELF:
-            refuse_alone("MPI.COMM_SELF")
+            refuse_alone("comm=MPI.COMM_SELF is this process alone")
         return _joined(MPICommunicator(comm))
     if torch.distributed.is_available() and isinstance(comm, torch.distributed.ProcessGroup):
         from hpc_kfac.distributed.torch_backend import TorchCommunicator
 
         if comm.size() == 1:
-            refuse_alone("a process group of one rank")
+            refuse_alone("comm=a process group of one rank is this process alone")
         return _joined(TorchCommunicator(comm))
     value = f" ({comm!r})" if isinstance(comm, str) else ""
     raise TypeError(

@@ -32,8 +32,11 @@ def find_world() -> World | None:
     return _horovod() or _torch() or _mpi()
 
 
-def refuse_forgotten() -> None:
-    """For a `comm` that was not given.
+def refuse_alone(comm: str) -> None:
+    """For a `comm` by which a process would work alone.
+
+    Args:
+        comm: what was given, in words.
 
     Raises:
         ValueError: this process is one of several.
@@ -41,23 +44,8 @@ def refuse_forgotten() -> None:
     world = find_world()
     if world is not None:
         raise ValueError(
-            f"comm is not given, but {world.library} has {world.size} processes, and each would take its own samples"
+            f"{comm}, but {world.library} has {world.size} processes, and each would take its own samples"
             f' for the whole batch: pass comm={world.comm}, or comm="{SERIAL}" for a process that works alone'
-        )
-
-
-def refuse_alone(name: str) -> None:
-    """For a `comm` of this process alone.
-
-    Raises:
-        ValueError: this process is one of several.
-    """
-    world = find_world()
-    if world is not None:
-        raise ValueError(
-            f"comm={name} is this process alone, but {world.library} has {world.size} processes, and each would take"
-            f' its own samples for the whole batch: pass comm={world.comm}, or comm="{SERIAL}" for a process that works'
-            " alone"
         )
 
 
