@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from hpc_kfac.bench.grids import GRIDS
-from hpc_kfac.bench.peers import CONTENDERS
-from hpc_kfac.bench.runs import first_samples, learning_rate, whole_batches
-from hpc_kfac.bench.tasks import TASKS, BenchTask
+from hpc_kfac.cluster.ranks import Ranks, join, keep_freed_memory, set_threads
+from hpc_kfac.compare.grids import GRIDS
+from hpc_kfac.compare.peers import CONTENDERS
+from hpc_kfac.compare.runs import first_samples, learning_rate, whole_batches
+from hpc_kfac.compare.tasks import TASKS, BenchTask
 from hpc_kfac.training.evaluation import evaluate
-from hpc_kfac.training.launch import Ranks, join, keep_freed_memory, set_threads
 from hpc_kfac.training.optimizers import set_learning_rate
 
 

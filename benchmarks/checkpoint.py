@@ -36,7 +36,7 @@ from hpc_kfac.checkpoint.image import tensor_bytes
 from hpc_kfac.checkpoint.staging import Staging
 from hpc_kfac.checkpoint.state import collect
 from hpc_kfac.checkpoint.tree import Packed
-from hpc_kfac.training.launch import keep_freed_memory
+from hpc_kfac.cluster.ranks import keep_freed_memory
 
 COMM = MPI.COMM_WORLD
 BATCH, CLASSES, BEFORE, KEPT = 64, 10, 4, 2

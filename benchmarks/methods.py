@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hpc_kfac as hk
-from hpc_kfac.bench.contenders import ours
-from hpc_kfac.bench.tasks import TASKS
+from hpc_kfac.compare.contenders import ours
+from hpc_kfac.compare.tasks import TASKS
 
 NAMES = ("digits", "autoencoder", "cnn", "char_gpt")
 MARKS = "osD^"

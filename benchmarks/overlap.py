@@ -19,8 +19,8 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 import hpc_kfac as hk
-from hpc_kfac.training.launch import keep_freed_memory
-from hpc_kfac.training.tasks import fashion_autoencoder
+from hpc_kfac.cluster.ranks import keep_freed_memory
+from hpc_kfac.tasks.tasks import fashion_autoencoder
 
 BATCH, TURN = 250, 10
 

@@ -25,17 +25,17 @@ from typing import Any
 import torch
 
 import hpc_kfac as hk
-from hpc_kfac.capacity.calibrate import measure_machine
-from hpc_kfac.capacity.candidates import gigabytes
-from hpc_kfac.capacity.forecast import Case, Forecast, forecast
-from hpc_kfac.capacity.machine import load
-from hpc_kfac.capacity.memory import curvature_bytes
-from hpc_kfac.capacity.model_costs import ModelCosts
-from hpc_kfac.capacity.phases import batch_of, measure_phases
-from hpc_kfac.capacity.run import Run, read_run
-from hpc_kfac.capacity.simulate import COLLECTIVES
+from hpc_kfac.cluster.ranks import Ranks, join, keep_freed_memory, set_threads
+from hpc_kfac.planning.calibrate import measure_machine
+from hpc_kfac.planning.candidates import gigabytes
+from hpc_kfac.planning.forecast import Case, Forecast, forecast
+from hpc_kfac.planning.machine import load
+from hpc_kfac.planning.memory import curvature_bytes
+from hpc_kfac.planning.model_costs import ModelCosts
+from hpc_kfac.planning.phases import batch_of, measure_phases
+from hpc_kfac.planning.run import Run, read_run
+from hpc_kfac.planning.simulate import COLLECTIVES
 from hpc_kfac.training.averaging import make_averaging
-from hpc_kfac.training.launch import Ranks, join, keep_freed_memory, set_threads
 from hpc_kfac.training.setup import make_optimizer
 
 MODELS = {"cnn": "fashion_cnn", "autoencoder": "fashion_autoencoder", "gpt": "char_gpt"}

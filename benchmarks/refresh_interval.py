@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 import hpc_kfac as hk
-from hpc_kfac.bench.contenders import Preconditioned
-from hpc_kfac.bench.runs import learning_rate
-from hpc_kfac.bench.tasks import TASKS
-from hpc_kfac.training.launch import Ranks, join, keep_freed_memory, set_threads
-from hpc_kfac.training.loader import Loader
+from hpc_kfac.cluster.ranks import Ranks, join, keep_freed_memory, set_threads
+from hpc_kfac.compare.contenders import Preconditioned
+from hpc_kfac.compare.runs import learning_rate
+from hpc_kfac.compare.tasks import TASKS
+from hpc_kfac.data.loader import Loader
+from hpc_kfac.data.sampler import ShardedSampler
 from hpc_kfac.training.optimizers import set_learning_rate, sgd
-from hpc_kfac.training.sampler import ShardedSampler
 
 METHODS = {"kfac": hk.KFAC(solver="eigen", damping=0.2), "ekfac": hk.EKFAC(damping=0.2)}
 INTERVALS = (1, 100)

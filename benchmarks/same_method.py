@@ -17,11 +17,11 @@ from typing import Any
 
 from mpi4py import MPI
 
-from hpc_kfac.bench import memory
-from hpc_kfac.bench.peers import CONTENDERS
-from hpc_kfac.bench.runs import Run, Spec
-from hpc_kfac.bench.tasks import TASKS
-from hpc_kfac.training.launch import Ranks, choose_device, join, keep_freed_memory, set_threads
+from hpc_kfac.cluster.ranks import Ranks, choose_device, join, keep_freed_memory, set_threads
+from hpc_kfac.compare import memory
+from hpc_kfac.compare.peers import CONTENDERS
+from hpc_kfac.compare.runs import Run, Spec
+from hpc_kfac.compare.tasks import TASKS
 
 
 def points(every: int, refresh: int) -> dict[str, tuple[str, dict[str, Any]]]:

@@ -25,7 +25,7 @@ from hpc_kfac.layers import Capture, CapturedLayer
 from hpc_kfac.layers.conv import ConvBatch
 from hpc_kfac.layers.positions import PositionBatch
 from hpc_kfac.linalg.structure import Dense, Identity
-from hpc_kfac.training.tasks import fashion
+from hpc_kfac.tasks.tasks import fashion
 
 WAYS = ("patches", "now", "now, bf16 rows")
 

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hpc_kfac as hk
-from hpc_kfac.methods.mkor import MKOR
-from hpc_kfac.training.launch import keep_freed_memory
-from hpc_kfac.training.tasks import fashion
+from hpc_kfac.cluster.ranks import keep_freed_memory
+from hpc_kfac.methods.vectors.mkor import MKOR
+from hpc_kfac.tasks.tasks import fashion
 
 TURN, PERIOD = 10, 100
 BATCH = {"resnet20": 128, "cnn": 125}

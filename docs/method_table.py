@@ -12,10 +12,10 @@ import torch
 
 import hpc_kfac as hk
 from hpc_kfac.distributed import UnitCost
+from hpc_kfac.engine.operations import Due
+from hpc_kfac.engine.plan import Problem, units_of
 from hpc_kfac.layers import LayerShape
 from hpc_kfac.methods import METHODS, Method
-from hpc_kfac.operations import Due
-from hpc_kfac.step_plan import Problem, units_of
 
 A, O, RANKS = 1025, 512, 4  # noqa: E741 - the letters of the formulas
 SHAPE = LayerShape(1, A, O, bias=True)

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hpc_kfac.stack import check_threads
-from hpc_kfac.training.launch import InputError, Ranks, alone, end, join, underscored
+from hpc_kfac.cluster.environment import check_threads
+from hpc_kfac.cluster.ranks import InputError, Ranks, alone, end, join, underscored
 
 HELP = """usage: hpc-kfac COMMAND ...
 
@@ -67,7 +67,7 @@ def pack(arguments: list[str], ranks: Ranks) -> None:
     """Packs images."""
     if len(arguments) != 2:
         raise InputError(f"pack takes two folders, FOLDER and OUT; {len(arguments)} arguments were given")
-    from hpc_kfac.training.images import pack_images
+    from hpc_kfac.data.images import pack_images
 
     with ranks.agreed():
         if ranks.rank == 0:
@@ -126,7 +126,7 @@ def _checkpoint_words(arguments: list[str]) -> argparse.Namespace:
 
 def submit(arguments: list[str], ranks: Ranks) -> None:
     """Submits a job."""
-    from hpc_kfac.submit import submit as submitted
+    from hpc_kfac.jobs.submit import submit as submitted
 
     place = arguments.index("--") if "--" in arguments else len(arguments)
     print(submitted([*arguments[:place], *(underscored(word) for word in arguments[place:])]))
@@ -134,7 +134,7 @@ def submit(arguments: list[str], ranks: Ranks) -> None:
 
 def status(arguments: list[str], ranks: Ranks) -> None:
     """Tells how runs are doing."""
-    from hpc_kfac import status as module
+    from hpc_kfac.jobs import status as module
 
     parser = argparse.ArgumentParser("hpc-kfac status", description="Tells how runs are doing.")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, or folders of them: logs")
@@ -155,24 +155,24 @@ def report(arguments: list[str], ranks: Ranks) -> None:
 
 def bench(arguments: list[str], ranks: Ranks) -> None:
     """Compares methods."""
-    from hpc_kfac.bench.command import bench as compare
+    from hpc_kfac.compare.command import bench as compare
 
     compare(arguments, ranks)
 
 
 def plan(arguments: list[str], ranks: Ranks) -> None:
     """Plans a run."""
-    from hpc_kfac.capacity.command import plan as planned
+    from hpc_kfac.planning.command import plan as planned
 
     planned(arguments, ranks)
 
 
 def info(arguments: list[str], ranks: Ranks) -> None:
-    """Describes the stack."""
-    from hpc_kfac import stack
+    """Describes the environment."""
+    from hpc_kfac.cluster import environment
 
     if ranks.rank == 0:
-        print(stack.report())
+        print(environment.report())
 
 
 COMMANDS: dict[str, Callable[[list[str], Ranks], None]] = {

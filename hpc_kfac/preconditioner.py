@@ -12,25 +12,6 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from hpc_kfac import saved_state
-from hpc_kfac.agreement import Agreed
-from hpc_kfac.alike import (
-    check_alike,
-    check_averaged,
-    check_optimizers,
-    check_synchronized,
-    describe,
-    find_averaging,
-    parameters_of,
-    refuse_gradients,
-)
-from hpc_kfac.arguments import CHECKS, check_arguments
-from hpc_kfac.attachments import Attachments
-from hpc_kfac.base_optimizer import BaseOptimizer, Rule, rates_of
-from hpc_kfac.collector import Collector, FisherSource
-from hpc_kfac.consistency import DRIFTED, STARTED, check_weights
-from hpc_kfac.costs import make_problem, refresh_flops, resident_bytes
-from hpc_kfac.damping import LevenbergMarquardt, as_damping
 from hpc_kfac.distributed import (
     Assignment,
     Communicator,
@@ -41,23 +22,42 @@ from hpc_kfac.distributed import (
 )
 from hpc_kfac.distributed.communicator import knows_comm
 from hpc_kfac.distributed.world import SERIAL
-from hpc_kfac.execution import Executor
-from hpc_kfac.fisher import CrossEntropy, OutputDistribution
+from hpc_kfac.engine import shares
+from hpc_kfac.engine.agreement import Agreed
+from hpc_kfac.engine.arguments import CHECKS, check_arguments
+from hpc_kfac.engine.execution import Executor
+from hpc_kfac.engine.operations import Due, Operation
+from hpc_kfac.engine.placing import make_problem, refresh_flops, resident_bytes
+from hpc_kfac.engine.plan import Problem
+from hpc_kfac.engine.precision import Precision
+from hpc_kfac.engine.reduction_ratio import ReductionRatio, check_steers
+from hpc_kfac.engine.statistics import Collector, FisherSource
+from hpc_kfac.engine.step_report import LayerState, StepInputs, StepReport
+from hpc_kfac.engine.timing import Timeline
+from hpc_kfac.guards.alike import (
+    check_alike,
+    check_averaged,
+    check_optimizers,
+    check_synchronized,
+    describe,
+    find_averaging,
+    parameters_of,
+    refuse_gradients,
+)
+from hpc_kfac.guards.attachments import Attachments
+from hpc_kfac.guards.model_changes import ModelChanges
+from hpc_kfac.guards.optimizer_facts import BaseOptimizer, Rule, rates_of
+from hpc_kfac.guards.optimizer_watch import OptimizerWatch, check_kind
+from hpc_kfac.guards.same_weights import DRIFTED, STARTED, check_weights
+from hpc_kfac.guards.written import Written
 from hpc_kfac.layers import Capture, CapturedLayer, LayerShape
 from hpc_kfac.methods import KFAC
 from hpc_kfac.methods.method import Method
-from hpc_kfac.model_changes import ModelChanges
 from hpc_kfac.notices import Notices, Refused
-from hpc_kfac.operations import Due, Operation
-from hpc_kfac.optimizer_watch import OptimizerWatch, check_kind
-from hpc_kfac.precision import Precision
-from hpc_kfac.reduction_ratio import ReductionRatio, check_steers
-from hpc_kfac.schedule import RefreshTimes, Schedule
-from hpc_kfac.step_control import FixedNorm, KLClip, Orthogonal, StepControl
-from hpc_kfac.step_plan import Problem
-from hpc_kfac.step_report import LayerState, StepInputs, StepReport
-from hpc_kfac.timing import Timeline
-from hpc_kfac.written import Written
+from hpc_kfac.options.damping import LevenbergMarquardt, as_damping
+from hpc_kfac.options.fisher import CrossEntropy, OutputDistribution
+from hpc_kfac.options.schedule import RefreshTimes, Schedule
+from hpc_kfac.options.step_control import FixedNorm, KLClip, Orthogonal, StepControl
 
 PLANS = 256
 """So many plans are kept; an adaptive schedule can make a new one on every step."""
@@ -572,7 +572,7 @@ class Preconditioner:
         """This rank's curvature state; tensors are references, as in torch."""
         return {
             **self._counters(),
-            "layers": saved_state.save(self.states),
+            "layers": shares.save(self.states),
             "pending": self._executor.solver.pending(),
         }
 
@@ -584,8 +584,8 @@ class Preconditioner:
                 changed then.
         """
         self._settle()
-        states = saved_state.restore(state["layers"], self._problem, self._device)
-        self._load(state, states, saved_state.own_pending(state["pending"], self._device))
+        states = shares.restore(state["layers"], self._problem, self._device)
+        self._load(state, states, shares.own_pending(state["pending"], self._device))
 
     @property
     def reduced(self) -> bool:
@@ -598,11 +598,11 @@ class Preconditioner:
         )
 
     def share(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What all ranks have in common, and what this rank has to save for all: see `saved_state`. Collective.
+        """What all ranks have in common, and what this rank has to save for all: see `shares`. Collective.
 
         Tensors are references; symmetric ones are marked as `linalg.packing.Symmetric`.
         """
-        common = saved_state.common(self.states, self._problem, self.trainers)
+        common = shares.common(self.states, self._problem, self.trainers)
         common |= {"waiting": self.schedule.lag > 0, **self._counters()}
         return common, self._own_share()
 
@@ -621,10 +621,10 @@ class Preconditioner:
     def prepare_shares(self, common: Mapping[str, Any], of: Callable[[int], Mapping[str, Any]]) -> Callable[[], None]:
         """Reads and checks what `load_shares` restores; the result puts it in place. As `load_shares`."""
         self._settle()
-        shares = saved_state.Shares.of_saved(common, of, self._problem)
+        saved = shares.Shares.of_saved(common, of, self._problem)
         rank, device = self._comm.rank, self._device
-        states = saved_state.take(shares, self._problem, rank, device)
-        pending = saved_state.take_pending(shares, self._problem, rank, device)
+        states = shares.take(saved, self._problem, rank, device)
+        pending = shares.take_pending(saved, self._problem, rank, device)
         return lambda: self._load(common, states, pending)
 
     def keep(self) -> Callable[[], None]:
@@ -793,7 +793,7 @@ class Preconditioner:
         }
 
     def _own_share(self) -> dict[str, Any]:
-        return saved_state.share(self.states, self._executor.solver.pending(), self._problem, self._comm.rank)
+        return shares.share(self.states, self._executor.solver.pending(), self._problem, self._comm.rank)
 
     def _load(self, counters: Mapping[str, Any], states: Mapping[str, LayerState], pending: Mapping[Any, Any]) -> None:
         names = ("steps", "skipped", "failures", "skipped_in_row", "folds")

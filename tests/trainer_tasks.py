@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpc_kfac.training.datasets import TensorDataset
-from hpc_kfac.training.losses import CrossEntropyLoss
-from hpc_kfac.training.tasks import digits
+from hpc_kfac.data.datasets import TensorDataset
+from hpc_kfac.tasks.losses import CrossEntropyLoss
+from hpc_kfac.tasks.tasks import digits
 
 DOUBLE_DIGITS = ["--task", "user", "--task.function", "trainer_tasks:double_digits", "--task.metric", "accuracy"]
 

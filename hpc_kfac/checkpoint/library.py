@@ -20,7 +20,7 @@ from hpc_kfac.checkpoint.tree import Tree
 from hpc_kfac.checkpoint.values import as_tree, from_tree
 from hpc_kfac.checkpoint.writer import Checkpointing, Checkpoints, attempt, write_trees
 from hpc_kfac.distributed import Communicator, lent
-from hpc_kfac.distributed.messages import exchange
+from hpc_kfac.distributed.texts import exchange
 from hpc_kfac.owner_optimizer import OwnerOptimizer
 from hpc_kfac.preconditioner import Preconditioner
 

@@ -13,7 +13,7 @@ from hpc_kfac.checkpoint.manifest import COMMON, Manifest, rank_file, read_manif
 from hpc_kfac.checkpoint.sets import list_sets, set_name, verify_bytes, verify_structure
 from hpc_kfac.checkpoint.tree import Tree
 from hpc_kfac.distributed import Communicator
-from hpc_kfac.distributed.messages import exchange, from_first
+from hpc_kfac.distributed.texts import exchange, from_first
 
 Result = TypeVar("Result")
 

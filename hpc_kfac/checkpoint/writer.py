@@ -24,7 +24,7 @@ from hpc_kfac.checkpoint.staging import Staging
 from hpc_kfac.checkpoint.structure import SCHEMA
 from hpc_kfac.checkpoint.tree import Tree
 from hpc_kfac.distributed import communicator
-from hpc_kfac.distributed.messages import exchange
+from hpc_kfac.distributed.texts import exchange
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,18 @@
-"""Curvature methods: stateless functions plus a table of the state they need.
+"""Curvature methods, a family a folder: stateless functions plus a table of the state they need.
 
-Every module here is loaded, and what it defines as a `Method` with a name is one that run files can choose; so is what
-anyone else defines.
+A family's `__init__` names its methods, and what it names is known here. Whatever else is defined as a `Method` with a
+name of its own is one that run files can choose too.
 """
 
 from collections.abc import Mapping
-from importlib import import_module
-from pkgutil import iter_modules
 
-from hpc_kfac.methods.ekfac import EKFAC
-from hpc_kfac.methods.eva import Eva
-from hpc_kfac.methods.kfac import KFAC
+from hpc_kfac.methods.kronecker import *  # noqa: F403
 from hpc_kfac.methods.method import NAMED, Cost, Method, State, StateSpec
-from hpc_kfac.methods.sample_matrix import SampleMatrix
-
-__all__ = ["EKFAC", "KFAC", "METHODS", "Cost", "Eva", "Method", "SampleMatrix", "State", "StateSpec"]
-
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+from hpc_kfac.methods.moments import *  # noqa: F403
+from hpc_kfac.methods.rows import *  # noqa: F403
+from hpc_kfac.methods.vectors import *  # noqa: F403
 
 METHODS: Mapping[str, type[Method]] = NAMED
 """By name, in alphabetical order, with every subclass of `Method` with a `name` of its own that was defined since."""
 
-globals().update({method.__name__: method for method in METHODS.values()})
+__all__ = ["METHODS", "Cost", "Method", "State", "StateSpec", *sorted(method.__name__ for method in METHODS.values())]

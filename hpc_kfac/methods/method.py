@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
-from hpc_kfac.damping import Damping, positive
 from hpc_kfac.linalg.workspace import Workspace
+from hpc_kfac.options.damping import Damping, positive
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape

@@ -8,7 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from hpc_kfac import status
+from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.jobs import status
 from hpc_kfac.reporting import curves, factors, stacks
 from hpc_kfac.reporting.drawing import Picture, need_matplotlib
 from hpc_kfac.reporting.export import write_csv, write_tensorboard
@@ -16,7 +17,6 @@ from hpc_kfac.reporting.history import History, check_folder, history
 from hpc_kfac.reporting.page import Section, page
 from hpc_kfac.reporting.rows import Metrics
 from hpc_kfac.reporting.spectra import Spectra, read_spectra
-from hpc_kfac.training.launch import InputError
 from hpc_kfac.training.run_folder import replace_file
 
 LIVE = ("training", "starting", "waiting")

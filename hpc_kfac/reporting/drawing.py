@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from hpc_kfac.cluster.ranks import InputError
 from hpc_kfac.reporting.history import History
 from hpc_kfac.reporting.rows import Numbers
-from hpc_kfac.training.launch import InputError
 
 WIDTH, HEIGHT, DPI = 5.2, 3.5, 160
 """Inches, and dots in one: letters stay readable when a picture is as wide as a phone."""

@@ -8,9 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from hpc_kfac.cluster.ranks import InputError
 from hpc_kfac.reporting.history import History
 from hpc_kfac.reporting.rows import numbers_of, parsed_rows
-from hpc_kfac.training.launch import InputError
 
 
 def write_csv(run: Path, path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from hpc_kfac.checkpoint.sets import list_sets, step_of
+from hpc_kfac.cluster.ranks import InputError
 from hpc_kfac.reporting.rows import Metrics, Numbers
-from hpc_kfac.training.launch import InputError
 
 AXES = {"step": "steps", "samples": "samples", "seconds": "seconds of training"}
 """What curves are drawn against, and how an axis is labelled."""

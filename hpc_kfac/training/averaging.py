@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpc_kfac import OwnerOptimizer, Preconditioner
-from hpc_kfac.training.launch import InputError, Ranks
+from hpc_kfac.cluster.ranks import InputError, Ranks
 
 
 class Averaging(Protocol):

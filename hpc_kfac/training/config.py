@@ -21,10 +21,10 @@ from jsonargparse.typing import register_type
 
 import hpc_kfac as hk
 from hpc_kfac.checkpoint import Checkpointing
+from hpc_kfac.cluster.ranks import InputError
 from hpc_kfac.methods import METHODS
-from hpc_kfac.training.launch import InputError
+from hpc_kfac.tasks.tasks import TASKS
 from hpc_kfac.training.optimizers import OPTIMIZERS, SCHEDULES
-from hpc_kfac.training.tasks import TASKS
 
 USAGE = "hpc-kfac train [RUN.yaml] [--key value ...]"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hpc_kfac import Preconditioner
+from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.training.config import Settings
-from hpc_kfac.training.launch import Ranks
 from hpc_kfac.training.setup import build
 
 MIB = 2**20

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hpc_kfac.training.launch import Ranks
-from hpc_kfac.training.loader import Loader
-from hpc_kfac.training.losses import Loss
+from hpc_kfac.cluster.ranks import Ranks
+from hpc_kfac.data.loader import Loader
+from hpc_kfac.tasks.losses import Loss
 from hpc_kfac.training.measure import Sums, figures
 
 

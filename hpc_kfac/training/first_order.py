@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from hpc_kfac import StepReport, TrainingDiverged
-from hpc_kfac.timing import Timeline
-from hpc_kfac.training.launch import Ranks
+from hpc_kfac.cluster.ranks import Ranks
+from hpc_kfac.engine.timing import Timeline
 
 
 class FirstOrder:

@@ -15,14 +15,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from hpc_kfac import StepReport, TrainingDiverged, WeightsDiffer
 from hpc_kfac.checkpoint import Saved
-from hpc_kfac.keyed_random import keyed
+from hpc_kfac.cluster.ranks import LossBlewUp, RunStopped
+from hpc_kfac.data.loader import Batch
+from hpc_kfac.linalg.keyed_random import keyed
 from hpc_kfac.training.console import Console
 from hpc_kfac.training.evaluation import evaluate, totals
-from hpc_kfac.training.launch import LossBlewUp, RunStopped
-from hpc_kfac.training.loader import Batch
+from hpc_kfac.training.loop_state import Progress
 from hpc_kfac.training.measure import Clock, Interval, Strength, Sums, Usage, factor_figures
 from hpc_kfac.training.optimizers import set_learning_rate
-from hpc_kfac.training.progress import Progress
 from hpc_kfac.training.run_folder import RunFolder
 from hpc_kfac.training.saving import Saver
 from hpc_kfac.training.setup import Setup

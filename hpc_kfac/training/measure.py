@@ -15,10 +15,10 @@ import psutil
 import torch
 
 from hpc_kfac import Preconditioner, StepReport
+from hpc_kfac.cluster.ranks import Ranks
+from hpc_kfac.engine.timing import Timeline, timed
 from hpc_kfac.linalg import spectrum
-from hpc_kfac.timing import Timeline, timed
 from hpc_kfac.training.first_order import FirstOrder
-from hpc_kfac.training.launch import Ranks
 
 NO_OP_COSINE = 0.95
 """A preconditioned gradient this close to the raw one is no preconditioning."""

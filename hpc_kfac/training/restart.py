@@ -9,11 +9,11 @@ from pathlib import Path
 
 from hpc_kfac.checkpoint import BrokenCheckpoint, Saved, find, newest
 from hpc_kfac.checkpoint.sets import clean
+from hpc_kfac.cluster.ranks import InputError, Ranks
 from hpc_kfac.distributed import lent
-from hpc_kfac.training.changes import compare
 from hpc_kfac.training.config import Settings
-from hpc_kfac.training.launch import InputError, Ranks
 from hpc_kfac.training.run_folder import DONE
+from hpc_kfac.training.settings_changes import compare
 
 
 @dataclass(frozen=True)

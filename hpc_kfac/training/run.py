@@ -10,10 +10,10 @@ import torch
 
 from hpc_kfac import Preconditioner, checkpoint
 from hpc_kfac.checkpoint import Saved
+from hpc_kfac.cluster.lease import Lease, LeaseTaken
+from hpc_kfac.cluster.ranks import InputError, Ranks, RunInterrupted, RunStopped, keep_freed_memory
 from hpc_kfac.training.config import Settings
 from hpc_kfac.training.console import Console
-from hpc_kfac.training.launch import InputError, Ranks, RunInterrupted, RunStopped, keep_freed_memory
-from hpc_kfac.training.lease import Lease, LeaseTaken
 from hpc_kfac.training.loop import Loop, Result
 from hpc_kfac.training.restart import Start, find_start, load_start
 from hpc_kfac.training.run_folder import StopNote, create_run_folder, open_run_folder

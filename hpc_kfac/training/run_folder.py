@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from hpc_kfac import stack
+from hpc_kfac.cluster import environment
+from hpc_kfac.cluster.ranks import EXPECTED, Ranks, exit_status
 from hpc_kfac.training.config import Settings
-from hpc_kfac.training.launch import EXPECTED, Ranks, exit_status
 
 DONE = "done.json"
 """Is there when the training is complete."""
@@ -208,13 +208,13 @@ def describe(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         "git": _git(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: stack.version(name) for name in stack.PACKAGES},
+        "versions": {name: environment.version(name) for name in environment.PACKAGES},
         "ranks": ranks.size,
         "mpi": _mpi() if ranks.comm is not None else None,
         "averaging": settings.run.averaging if ranks.size > 1 else None,
         "threads": torch.get_num_threads(),
         "seed": settings.run.seed,
-        "scheduler": stack.scheduler_variables(),
+        "scheduler": environment.scheduler_variables(),
     }
 
 
@@ -262,7 +262,7 @@ def _mpi() -> dict[str, Any]:
     from mpi4py import MPI
 
     library = MPI.Get_library_version().strip("\0\n").split("\n")[0]
-    return {"library": library, "thread_level": stack.thread_level_name(MPI.Query_thread())}
+    return {"library": library, "thread_level": environment.thread_level_name(MPI.Query_thread())}
 
 
 def _finite(value: Any) -> Any:

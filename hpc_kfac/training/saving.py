@@ -11,10 +11,10 @@ from hpc_kfac.checkpoint.reading import together
 from hpc_kfac.checkpoint.sets import list_sets, remove
 from hpc_kfac.checkpoint.state import collect
 from hpc_kfac.checkpoint.values import as_tree, from_tree
+from hpc_kfac.cluster.lease import Lease
+from hpc_kfac.cluster.ranks import InputError, RunInterrupted, RunStopped
 from hpc_kfac.distributed import Communicator, communicator
-from hpc_kfac.training.launch import InputError, RunInterrupted, RunStopped
-from hpc_kfac.training.lease import Lease
-from hpc_kfac.training.progress import Progress
+from hpc_kfac.training.loop_state import Progress
 from hpc_kfac.training.run_folder import RunFolder
 from hpc_kfac.training.setup import Setup
 from hpc_kfac.training.stop import StopRequests

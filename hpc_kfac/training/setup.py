@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from hpc_kfac import FixedNorm, Preconditioner
+from hpc_kfac.cluster.ranks import InputError, Ranks, choose_device, set_threads
+from hpc_kfac.data.loader import Loader
+from hpc_kfac.data.sampler import ShardedSampler
+from hpc_kfac.tasks.tasks import Task
 from hpc_kfac.training.averaging import Averaging, OwnerAveraging, make_averaging
 from hpc_kfac.training.config import Component, RunSettings, Settings
 from hpc_kfac.training.first_order import FirstOrder
-from hpc_kfac.training.launch import InputError, Ranks, choose_device, set_threads
-from hpc_kfac.training.loader import Loader
 from hpc_kfac.training.optimizers import LearningRate, RunLength
-from hpc_kfac.training.sampler import ShardedSampler
 from hpc_kfac.training.seeding import seed_all
-from hpc_kfac.training.tasks import Task
 from hpc_kfac.training.weights import freeze, load_weights
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
-from hpc_kfac.training.launch import InputError
+from hpc_kfac.cluster.ranks import InputError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 SAVES = 3  # of the longest kind must fit in before the limit

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from hpc_kfac.checkpoint import BrokenCheckpoint, Saved, find
 from hpc_kfac.checkpoint.state import mean_buffers
+from hpc_kfac.cluster.ranks import InputError, Ranks, choose_device, set_threads
+from hpc_kfac.data.loader import Loader
+from hpc_kfac.data.sampler import ShardedSampler
 from hpc_kfac.distributed import lent
+from hpc_kfac.tasks.tasks import Task
 from hpc_kfac.training.config import Settings, parse
 from hpc_kfac.training.evaluation import evaluate
-from hpc_kfac.training.launch import InputError, Ranks, choose_device, set_threads
-from hpc_kfac.training.loader import Loader
-from hpc_kfac.training.sampler import ShardedSampler
-from hpc_kfac.training.tasks import Task
 
 Result = TypeVar("Result")
 SHOWN = 3  # names of each side in a message

@@ -15,8 +15,8 @@ import signal
 import psutil
 import torch
 
-from hpc_kfac.training.loader import Loader
-from hpc_kfac.training.sampler import ShardedSampler
+from hpc_kfac.data.loader import Loader
+from hpc_kfac.data.sampler import ShardedSampler
 
 
 class Probe:

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_kfac.bench import report, runs
-from hpc_kfac.bench.contenders import Trained
-from hpc_kfac.bench.grids import FAMILY, GRIDS
-from hpc_kfac.bench.peers import CONTENDERS
-from hpc_kfac.bench.runs import Run, Spec
-from hpc_kfac.bench.store import Store
-from hpc_kfac.bench.tasks import TASKS
-from hpc_kfac.bench.tuning import Comparison
-from hpc_kfac.training.launch import Ranks
+from hpc_kfac.cluster.ranks import Ranks
+from hpc_kfac.compare import report, runs
+from hpc_kfac.compare.contenders import Trained
+from hpc_kfac.compare.grids import FAMILY, GRIDS
+from hpc_kfac.compare.peers import CONTENDERS
+from hpc_kfac.compare.runs import Run, Spec
+from hpc_kfac.compare.store import Store
+from hpc_kfac.compare.tasks import TASKS
+from hpc_kfac.compare.tuning import Comparison
 from hpc_kfac.training.seeding import seed_all
 
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import hpc_kfac as hk
-from hpc_kfac.agreement import Agreement
 from hpc_kfac.distributed.communicator import communicator
+from hpc_kfac.engine.agreement import Agreement
+from hpc_kfac.engine.step_report import StepInputs
 from hpc_kfac.layers.linear import LinearLayer
-from hpc_kfac.step_report import StepInputs
 from parallel.small_training import RELATIVES, train
 
 PRODUCTS = (2.0**60, 1.0, -(2.0**60), 1.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hpc_kfac as hk
-from hpc_kfac.running_weight import NUMBERS
+from hpc_kfac.engine.running_weight import NUMBERS
 from parallel.small_training import DOUBLE, RELATIVES, SAME, STEPS, AllKinds, train
 from parallel.test_placements import OURS, PLACEMENTS, declared_traffic
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hpc_kfac as hk
-from hpc_kfac.running_weight import NUMBERS
+from hpc_kfac.engine.running_weight import NUMBERS
 from parallel.small_training import DOUBLE, METHODS, STEPS, AllKinds, average_gradients, shard, train
 
 RATES = hk.Rates(flops=1e9, latency=1e-6, bandwidth=1e9)  # some of the small net's units are below it, some above

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 import hpc_kfac as hk
-from hpc_kfac.capacity import calibrate
-from hpc_kfac.capacity.forecast import Case, forecast, make_problem, period
-from hpc_kfac.capacity.machine import load
-from hpc_kfac.capacity.memory import memory
-from hpc_kfac.capacity.model_costs import model_costs
-from hpc_kfac.capacity.simulate import COLLECTIVES, simulate
-from hpc_kfac.capacity.times import Settings, times
-from hpc_kfac.training.launch import Ranks
-from hpc_kfac.training.models_text import GPT
-from hpc_kfac.training.models_vision import cifar_resnet, mlp
-from hpc_kfac.training.outlines import Outline
+from hpc_kfac.cluster.ranks import Ranks
+from hpc_kfac.planning import calibrate
+from hpc_kfac.planning.forecast import Case, forecast, make_problem, period
+from hpc_kfac.planning.machine import load
+from hpc_kfac.planning.memory import memory
+from hpc_kfac.planning.model_costs import model_costs
+from hpc_kfac.planning.simulate import COLLECTIVES, simulate
+from hpc_kfac.planning.times import Settings, times
+from hpc_kfac.tasks.models_text import GPT
+from hpc_kfac.tasks.models_vision import cifar_resnet, mlp
+from hpc_kfac.tasks.outlines import Outline
 from parallel.small_training import average_gradients
 
 SCHEDULE = hk.Schedule(statistics=2, refresh=4)

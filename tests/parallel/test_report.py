@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpc_kfac.cluster.ranks import join
 from hpc_kfac.reporting.history import history
 from hpc_kfac.reporting.rows import Metrics
 from hpc_kfac.training.config import parse
-from hpc_kfac.training.launch import join
 from hpc_kfac.training.measure import over_ranks
 from hpc_kfac.training.run import run
 from trainer_tasks import DOUBLE_DIGITS

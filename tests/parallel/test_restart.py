@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hpc_kfac.checkpoint import Saved, newest
+from hpc_kfac.cluster.ranks import Ranks, RunInterrupted, join
 from hpc_kfac.distributed import communicator
 from hpc_kfac.training.config import parse
 from hpc_kfac.training.console import Console
-from hpc_kfac.training.launch import Ranks, RunInterrupted, join
 from hpc_kfac.training.loop import Loop
 from hpc_kfac.training.run_folder import RunFolder
 from hpc_kfac.training.saving import Saver

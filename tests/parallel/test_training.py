@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from hpc_kfac.cluster.ranks import InputError, Ranks, join
 from hpc_kfac.training.averaging import make_averaging
 from hpc_kfac.training.config import parse
 from hpc_kfac.training.console import Console
 from hpc_kfac.training.evaluation import average_norm_statistics, evaluate
-from hpc_kfac.training.launch import InputError, Ranks, join
 from hpc_kfac.training.loop import Loop
 from hpc_kfac.training.run import run
 from hpc_kfac.training.run_folder import RunFolder

@@ -11,8 +11,8 @@ import torch
 
 from hpc_kfac.checkpoint import Checkpoints
 from hpc_kfac.checkpoint.state import collect
+from hpc_kfac.cluster.ranks import InputError, Ranks
 from hpc_kfac.training.config import parse
-from hpc_kfac.training.launch import InputError, Ranks
 from hpc_kfac.training.weights import evaluate_checkpoint, load_weights
 
 NORM = ["--task", "user", "--task.function", "trainer_tasks:norm_digits", "--task.metric", "accuracy"]

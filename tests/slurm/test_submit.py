@@ -10,9 +10,9 @@ from batch_jobs import HERE, run_file
 from sandbox import Sandbox
 
 import support
-from hpc_kfac.status import look
-from hpc_kfac.submit import submit
-from hpc_kfac.training.launch import InputError
+from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.jobs.status import look
+from hpc_kfac.jobs.submit import submit
 
 pytestmark = pytest.mark.timeout(200)
 

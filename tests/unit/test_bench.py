@@ -16,16 +16,16 @@ import torch
 from torch import nn
 
 from hpc_kfac import cli
-from hpc_kfac.bench import command, memory, report, runs, tuning
-from hpc_kfac.bench.contenders import OWN, Contender, MuonTrained, Trained
-from hpc_kfac.bench.grids import FAMILY, GRIDS
-from hpc_kfac.bench.peers import CONTENDERS
-from hpc_kfac.bench.runs import Result, Run, Spec, learning_rate, take_turns
-from hpc_kfac.bench.store import Store, code_version
-from hpc_kfac.bench.tasks import TASKS
-from hpc_kfac.bench.tuning import Comparison, OutOfTime
-from hpc_kfac.training.launch import Ranks
-from hpc_kfac.training.losses import CrossEntropyLoss
+from hpc_kfac.cluster.ranks import Ranks
+from hpc_kfac.compare import command, memory, report, runs, tuning
+from hpc_kfac.compare.contenders import OWN, Contender, MuonTrained, Trained
+from hpc_kfac.compare.grids import FAMILY, GRIDS
+from hpc_kfac.compare.peers import CONTENDERS
+from hpc_kfac.compare.runs import Result, Run, Spec, learning_rate, take_turns
+from hpc_kfac.compare.store import Store, code_version
+from hpc_kfac.compare.tasks import TASKS
+from hpc_kfac.compare.tuning import Comparison, OutOfTime
+from hpc_kfac.tasks.losses import CrossEntropyLoss
 
 ALONE, CPU = Ranks(), torch.device("cpu")
 TINY = replace(TASKS["digits"], seconds=0.18)
@@ -408,7 +408,7 @@ def test_what_the_user_gets_wrong(
 def test_no_other_module_imports_it() -> None:
     root = Path(tuning.__file__).parent.parent
     others = [path for path in root.rglob("*.py") if path.parent.name != "bench" and path.name != "cli.py"]
-    assert others and not [path for path in others if "hpc_kfac.bench" in path.read_text()]
+    assert others and not [path for path in others if "hpc_kfac.compare" in path.read_text()]
 
 
 def test_every_method_of_ours_can_take_part() -> None:

@@ -8,8 +8,9 @@ import h5py
 import pytest
 from PIL import Image
 
-from hpc_kfac import cli, stack
-from hpc_kfac.training.launch import Ranks, alone, choose_device, join, set_threads
+from hpc_kfac import cli
+from hpc_kfac.cluster import environment
+from hpc_kfac.cluster.ranks import Ranks, alone, choose_device, join, set_threads
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
@@ -21,7 +22,7 @@ def test_help_names_all_commands(words: list[str], capsys: pytest.CaptureFixture
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
-    assert capsys.readouterr().out.strip() == stack.report()
+    assert capsys.readouterr().out.strip() == environment.report()
 
 
 def test_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +61,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_a_process_without_launcher_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*stack.WORLD_SIZES, "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+    for name in (*environment.WORLD_SIZES, "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     assert join() == Ranks() == alone()
     monkeypatch.setenv("SLURM_PROCID", "3")

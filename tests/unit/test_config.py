@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import hpc_kfac as hk
+from hpc_kfac.cluster.ranks import InputError
 from hpc_kfac.training.config import Settings, parse
-from hpc_kfac.training.launch import InputError
 
 RUNS = sorted((Path(__file__).parents[2] / "jobs" / "runs").glob("*.yaml"))
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_kfac.training.cifar import read_batch, read_cifar10
-from hpc_kfac.training.datasets import DataError
-from hpc_kfac.training.idx import read_idx, read_image_folder
-from hpc_kfac.training.tasks import FASHION_MNIST
-from hpc_kfac.training.text import read_text, windows
+from hpc_kfac.data.cifar import read_batch, read_cifar10
+from hpc_kfac.data.datasets import DataError
+from hpc_kfac.data.idx import read_idx, read_image_folder
+from hpc_kfac.data.text import read_text, windows
+from hpc_kfac.tasks.tasks import FASHION_MNIST
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (7, 5, 4), dtype=np.uint8)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hpc_kfac.training.datasets import DataError
-from hpc_kfac.training.images import (
+from hpc_kfac.data.datasets import DataError
+from hpc_kfac.data.images import (
     ImageFolder,
     PackedImages,
     central_crop,

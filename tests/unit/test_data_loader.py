@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpc_kfac.training.augment import CropAndFlip
-from hpc_kfac.training.datasets import ByteImages, DataError, ItemDataset, ReconstructionImages, TensorDataset
-from hpc_kfac.training.loader import Batch, Loader
-from hpc_kfac.training.sampler import ShardedSampler
+from hpc_kfac.data.augment import CropAndFlip
+from hpc_kfac.data.datasets import ByteImages, DataError, ItemDataset, ReconstructionImages, TensorDataset
+from hpc_kfac.data.loader import Batch, Loader
+from hpc_kfac.data.sampler import ShardedSampler
 
 IMAGES = torch.randint(0, 256, (50, 3, 8, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

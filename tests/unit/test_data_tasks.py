@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_kfac import fisher
-from hpc_kfac.training.datasets import TensorDataset
-from hpc_kfac.training.losses import BinaryCrossEntropyLoss, CrossEntropyLoss, Loss, SquaredErrorLoss
-from hpc_kfac.training.models_vision import mlp
-from hpc_kfac.training.tasks import FASHION_MNIST, TASKS, Task, fashion, small_model
+from hpc_kfac.data.datasets import TensorDataset
+from hpc_kfac.options import fisher
+from hpc_kfac.tasks.losses import BinaryCrossEntropyLoss, CrossEntropyLoss, Loss, SquaredErrorLoss
+from hpc_kfac.tasks.models_vision import mlp
+from hpc_kfac.tasks.tasks import FASHION_MNIST, TASKS, Task, fashion, small_model
 
 fashion_files = pytest.mark.skipif(
     not Path(FASHION_MNIST).is_dir(), reason="the files of dataset-fashion-mnist are not installed"
@@ -111,8 +111,8 @@ def test_every_setting_is_typed_and_described() -> None:
 
 USER_MODULE = """
 import torch
-from hpc_kfac.training.datasets import TensorDataset
-from hpc_kfac.training.losses import CrossEntropyLoss
+from hpc_kfac.data.datasets import TensorDataset
+from hpc_kfac.tasks.losses import CrossEntropyLoss
 
 def build(width=4):
     items = [(torch.rand(3), 1) for _ in range(8)]
@@ -240,7 +240,7 @@ def test_image_tasks(tmp_path: Path, name: str) -> None:
     import numpy as np
     from PIL import Image
 
-    from hpc_kfac.training.images import pack_images
+    from hpc_kfac.data.images import pack_images
 
     rng = np.random.default_rng(0)
     for split in ("train", "val"):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import hessian, vmap
 
 from hpc_kfac import BinaryCrossEntropy, CrossEntropy, SquaredError
-from hpc_kfac.keyed_random import uniform
+from hpc_kfac.linalg.keyed_random import uniform
 
 torch.manual_seed(0)
 OUTPUTS = torch.randn(5, 3, dtype=torch.float64)

@@ -6,7 +6,7 @@ from scipy import stats
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hpc_kfac.keyed_random import KeyedDropout, keyed, uniform
+from hpc_kfac.linalg.keyed_random import KeyedDropout, keyed, uniform
 
 INDEX = torch.arange(2000)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from hpc_kfac.training import lease as module
-from hpc_kfac.training.lease import Lease, LeaseTaken
+from hpc_kfac.cluster import lease as module
+from hpc_kfac.cluster.lease import Lease, LeaseTaken
 
 HEARTBEAT, STALE = 0.1, 0.8
 # The module by its path: it needs nothing of the package, whose import would take most of the time here.

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hpc_kfac.layers.batch import LayerShape
-from hpc_kfac.methods.ekfac import EKFAC
-from hpc_kfac.methods.eva import Eva, EvaF, EvaS
-from hpc_kfac.methods.kfac import KFAC
-from hpc_kfac.methods.kpsvd import FLOOR, KPSVD
+from hpc_kfac.methods.kronecker.ekfac import EKFAC
+from hpc_kfac.methods.kronecker.kfac import KFAC
+from hpc_kfac.methods.kronecker.kpsvd import FLOOR, KPSVD
+from hpc_kfac.methods.kronecker.tkfac import TEKFAC, TKFAC
 from hpc_kfac.methods.method import Method, State
-from hpc_kfac.methods.mkor import MKOR
-from hpc_kfac.methods.sample_matrix import SampleMatrix
-from hpc_kfac.methods.seng import SENG
-from hpc_kfac.methods.skfac import SKFAC
-from hpc_kfac.methods.tkfac import TEKFAC, TKFAC
+from hpc_kfac.methods.rows.sample_matrix import SampleMatrix
+from hpc_kfac.methods.rows.seng import SENG
+from hpc_kfac.methods.rows.skfac import SKFAC
+from hpc_kfac.methods.vectors.eva import Eva, EvaF, EvaS
+from hpc_kfac.methods.vectors.mkor import MKOR
 from unit.fake_batch import FakeBatch, correlated_batch
 
 close = torch.testing.assert_close

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from hpc_kfac.layers.batch import LayerShape
 from hpc_kfac.linalg.structure import Diagonal
-from hpc_kfac.methods.gradient_moments import GradientMoments, Shampoo
-from hpc_kfac.methods.kfac import KFAC
+from hpc_kfac.methods.kronecker.kfac import KFAC
+from hpc_kfac.methods.kronecker.tkfac import TKFAC
 from hpc_kfac.methods.method import State
-from hpc_kfac.methods.soap import SOAP
-from hpc_kfac.methods.tkfac import TKFAC
-from hpc_kfac.methods.tnt import TNT
+from hpc_kfac.methods.moments.gradient_moments import GradientMoments, Shampoo
+from hpc_kfac.methods.moments.soap import SOAP
+from hpc_kfac.methods.moments.tnt import TNT
 from unit.fake_batch import correlated_batch
 
 close = torch.testing.assert_close

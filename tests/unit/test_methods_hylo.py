@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.layers.batch import LayerShape
-from hpc_kfac.methods.hylo import HyLo
 from hpc_kfac.methods.method import Method, State
-from hpc_kfac.methods.sample_matrix import SampleMatrix
+from hpc_kfac.methods.rows.hylo import HyLo
+from hpc_kfac.methods.rows.sample_matrix import SampleMatrix
 from unit.fake_batch import FakeBatch, correlated_batch
 
 close = torch.testing.assert_close

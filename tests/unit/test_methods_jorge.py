@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hpc_kfac.layers.batch import LayerShape
 from hpc_kfac.linalg.structure import Diagonal
-from hpc_kfac.methods.gradient_moments import Shampoo
-from hpc_kfac.methods.jorge import Jorge
 from hpc_kfac.methods.method import State
+from hpc_kfac.methods.moments.gradient_moments import Shampoo
+from hpc_kfac.methods.moments.jorge import Jorge
 
 close = torch.testing.assert_close
 SHAPE = LayerShape(1, 4, 4)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from hpc_kfac.capacity.collectives import Group, group_of, seconds
-from hpc_kfac.capacity.machine import Link, Machine, load
+from hpc_kfac.planning.collectives import Group, group_of, seconds
+from hpc_kfac.planning.machine import Link, Machine, load
 
 LATENCY, BANDWIDTH = 3e-6, 2e9
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpc_kfac.capacity import calibrate
-from hpc_kfac.capacity.command import plan
-from hpc_kfac.capacity.machine import PHASES, load
-from hpc_kfac.training.launch import InputError, Ranks
+from hpc_kfac.cluster.ranks import InputError, Ranks
+from hpc_kfac.planning import calibrate
+from hpc_kfac.planning.command import plan
+from hpc_kfac.planning.machine import PHASES, load
 
 SMALL = ["--task", "digits", "--task.model", "mlp", "--global-batch", "64", "--machine", "laptop"]
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import hpc_kfac as hk
-from hpc_kfac.capacity.candidates import Choice, candidates, evaluate, largest_fraction, recommend, settings_to_paste
-from hpc_kfac.capacity.clocks import Conditions
-from hpc_kfac.capacity.forecast import Case, Forecast, forecast
-from hpc_kfac.capacity.machine import load
-from hpc_kfac.capacity.memory import curvature_bytes
-from hpc_kfac.capacity.model_costs import ModelCosts
-from hpc_kfac.capacity.run import read_run
-from hpc_kfac.capacity.times import Settings
+from hpc_kfac.planning.candidates import Choice, candidates, evaluate, largest_fraction, recommend, settings_to_paste
+from hpc_kfac.planning.clocks import Conditions
+from hpc_kfac.planning.forecast import Case, Forecast, forecast
+from hpc_kfac.planning.machine import load
+from hpc_kfac.planning.memory import curvature_bytes
+from hpc_kfac.planning.model_costs import ModelCosts
+from hpc_kfac.planning.run import read_run
+from hpc_kfac.planning.times import Settings
 from hpc_kfac.training import config
 
 A100 = load("a100")

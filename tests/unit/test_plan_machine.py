@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from hpc_kfac.capacity.machine import FOLDER, load, machines, number
-from hpc_kfac.training.launch import InputError
+from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.planning.machine import FOLDER, load, machines, number
 
 
 def test_those_that_come_along_name_their_source() -> None:

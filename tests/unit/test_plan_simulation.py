@@ -11,17 +11,17 @@ import pytest
 import torch
 
 import hpc_kfac as hk
-from hpc_kfac.capacity.clocks import Clocks, Conditions, Members
-from hpc_kfac.capacity.forecast import Case, make_problem, period
-from hpc_kfac.capacity.machine import Machine, load
-from hpc_kfac.capacity.model_costs import ModelCosts, model_costs
-from hpc_kfac.capacity.simulate import Step, simulate
-from hpc_kfac.capacity.times import Settings, times
-from hpc_kfac.operations import Due
-from hpc_kfac.step_plan import Problem
-from hpc_kfac.timing import Timeline
-from hpc_kfac.training.models_vision import mlp
-from hpc_kfac.training.outlines import Outline
+from hpc_kfac.engine.operations import Due
+from hpc_kfac.engine.plan import Problem
+from hpc_kfac.engine.timing import Timeline
+from hpc_kfac.planning.clocks import Clocks, Conditions, Members
+from hpc_kfac.planning.forecast import Case, make_problem, period
+from hpc_kfac.planning.machine import Machine, load
+from hpc_kfac.planning.model_costs import ModelCosts, model_costs
+from hpc_kfac.planning.simulate import Step, simulate
+from hpc_kfac.planning.times import Settings, times
+from hpc_kfac.tasks.models_vision import mlp
+from hpc_kfac.tasks.outlines import Outline
 
 RANKS, SAMPLES = 8, 16
 

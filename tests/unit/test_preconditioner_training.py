@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hpc_kfac as hk
-from hpc_kfac.training.tasks import digits
+from hpc_kfac.tasks.tasks import digits
 from unit.step_oracle import (
     DAMPING,
     DOUBLE,

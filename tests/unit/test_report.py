@@ -20,14 +20,14 @@ from PIL import Image
 
 import hpc_kfac as hk
 from hpc_kfac import checkpoint, cli
+from hpc_kfac.cluster import lease
+from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.reporting import command, drawing, factors
 from hpc_kfac.reporting.export import write_csv, write_tensorboard
 from hpc_kfac.reporting.history import history
 from hpc_kfac.reporting.rows import Metrics
 from hpc_kfac.reporting.spectra import read_spectra
-from hpc_kfac.training import lease
 from hpc_kfac.training.config import parse
-from hpc_kfac.training.launch import Ranks
 from hpc_kfac.training.run import run as train
 
 DIGITS = Path(__file__).parents[2] / "jobs" / "runs" / "digits.yaml"

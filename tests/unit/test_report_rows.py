@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from hpc_kfac.cluster.ranks import InputError
 from hpc_kfac.linalg import spectrum
 from hpc_kfac.reporting.drawing import envelope
 from hpc_kfac.reporting.history import history
 from hpc_kfac.reporting.rows import Metrics
-from hpc_kfac.training.launch import InputError
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_kfac.training.sampler import ShardedSampler
+from hpc_kfac.data.sampler import ShardedSampler
 
 
 @st.composite

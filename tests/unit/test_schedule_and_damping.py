@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_kfac import AnnealedDamping, Damping, LevenbergMarquardt, Schedule, ScheduledDamping
-from hpc_kfac.schedule import RefreshTimes, Similarity, TraceChange
+from hpc_kfac.options.schedule import RefreshTimes, Similarity, TraceChange
 
 COSTS = {"a": 5.0, "b": 3.0, "c": 3.0, "d": 1.0}
 

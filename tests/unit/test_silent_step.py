@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hpc_kfac as hk
+from hpc_kfac.cluster.ranks import InputError, Ranks
 from hpc_kfac.linalg.orthogonal import orthogonal
 from hpc_kfac.linalg.scaling import _inverse_norm, size_of, with_length_of
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.notices import CurvatureWarning, Refused
 from hpc_kfac.training.config import parse
-from hpc_kfac.training.launch import InputError, Ranks
 from hpc_kfac.training.setup import build
 
 EVERY = hk.Schedule(statistics=1, refresh=1)

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from hpc_kfac.submit import CHECKOUT, SCHEDULERS, read_site, submit
+from hpc_kfac.jobs.submit import CHECKOUT, SCHEDULERS, read_site, submit
 
 SITES = CHECKOUT / "jobs" / "sites"
 NAMES = sorted(path.stem for path in SITES.glob("*.sh"))

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from hpc_kfac import cli, status
-from hpc_kfac.status import Status, find_runs, look, table
+from hpc_kfac import cli
+from hpc_kfac.cluster.ranks import InputError, Ranks, RunInterrupted, RunStopped
+from hpc_kfac.jobs import status
+from hpc_kfac.jobs.status import Status, find_runs, look, table
 from hpc_kfac.training import config, stop
-from hpc_kfac.training.launch import InputError, Ranks, RunInterrupted, RunStopped
 from hpc_kfac.training.run import run
 
 SMALL = ["--method", "none", "--max_steps", "20", "--log_every", "5", "--name", "one", "--resume", "auto"]

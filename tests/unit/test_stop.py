@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from hpc_kfac.cluster.ranks import InputError
 from hpc_kfac.training import stop
-from hpc_kfac.training.launch import InputError
 from hpc_kfac.training.stop import StopRequests, parse_duration, scheduler_deadline
 
 CHILD = """

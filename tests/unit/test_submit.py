@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_kfac import submit as module
-from hpc_kfac.submit import CHECKOUT, Job, Site, read_site, render, submit
-from hpc_kfac.training.launch import InputError
+from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.jobs import submit as module
+from hpc_kfac.jobs.submit import CHECKOUT, Job, Site, read_site, render, submit
 
 RUN = "jobs/runs/digits.yaml"
 ASKED = [RUN, "--site", "generic-cpu", "--nodes", "2", "--ranks-per-node", "4", "--time", "4:00:00"]

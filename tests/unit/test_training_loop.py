@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from hpc_kfac import StepReport, TrainingDiverged, cli
+from hpc_kfac.cluster.ranks import InputError, Ranks, RunStopped
 from hpc_kfac.training.config import parse
 from hpc_kfac.training.console import Console
 from hpc_kfac.training.dry_run import dry_run
 from hpc_kfac.training.first_order import FirstOrder
-from hpc_kfac.training.launch import InputError, Ranks, RunStopped
 from hpc_kfac.training.loop import Loop, _kept_norm_statistics
 from hpc_kfac.training.measure import PHASES, Interval, Strength, Sums
 from hpc_kfac.training.run import run

@@ -19,7 +19,7 @@ from typing import Any
 
 from hpc_kfac import Preconditioner, cli
 from hpc_kfac.checkpoint import files, library, manifest, reading, sets, staging, writer
-from hpc_kfac.training.launch import alone
+from hpc_kfac.cluster.ranks import alone
 
 CHOSEN: dict[str, Any] = json.loads(os.environ["MOMENT"])
 saves = calls = 0

@@ -13,7 +13,7 @@ from typing import Any
 
 from hpc_kfac import cli
 from hpc_kfac.checkpoint import Checkpoints
-from hpc_kfac.training.launch import alone
+from hpc_kfac.cluster.ranks import alone
 
 STARVED: dict[str, list[int]] = json.loads(os.environ["STARVED"])
 SPACE = 4096  # more than metrics.jsonl gets, less than any file of a checkpoint

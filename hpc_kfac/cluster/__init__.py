@@ -1,0 +1,1 @@
+"""The machine: environment, ranks, errors, schedulers, leases, files."""

@@ -1,0 +1,1 @@
+"""Readers, loaders, samplers."""

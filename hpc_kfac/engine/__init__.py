@@ -1,0 +1,1 @@
+"""One step: the plan, and what executes it."""

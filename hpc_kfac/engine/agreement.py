@@ -1,0 +1,315 @@
+"""The one scalar reduction of a step: KL clip, finite check, counts, layer reports and the caller's own numbers."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hpc_kfac.distributed.communicator import Communicator
+from hpc_kfac.engine.step_report import LayerReport, StepInputs
+from hpc_kfac.layers import CapturedLayer
+from hpc_kfac.linalg.scaling import size_of
+from hpc_kfac.linalg.workspace import Workspace
+from hpc_kfac.notices import Refused
+from hpc_kfac.options.step_control import KLClip, StepControl
+
+LESS = 2.0**-64
+"""What <U, D> is measured times: sums of squares of 1e28 are finite then, and what vanishes is far below any bound."""
+Quadratic = Callable[[Tensor], Tensor]
+
+LOGGED = 5
+"""Numbers of each layer that a logged step reduces, too: <U, D>, cosine, curvature share, size of update, staleness."""
+FIXED = 10
+"""Numbers that every step reduces: ranks with an update that is not finite, refreshed layers, failures, ranks where the
+model has changed; ranks with a gradient to compare, its amount and the square of that; the optimizer's rates and the
+square of that; a number for the names of the caller's numbers. What all N ranks have alike has N times the sum of
+squares for the square of its sum."""
+GRADIENTS, RATES = 1e-3, 1e-5
+"""Relative standard deviations over the ranks from which on they differ; gradients may be rounded after averaging."""
+
+
+def numbers(layers: int, control: StepControl) -> int:
+    """How many numbers an ordinary step reduces: under a clip also <U, D> of every layer.
+
+    Each comes from the layer's owner alone, so that the sum over layers is taken in their order on every rank: summed
+    over ranks, it would be rounded differently for each way of placing layers on ranks.
+    """
+    return FIXED + (layers if isinstance(control, KLClip) else 0)
+
+
+@dataclass
+class Agreed:
+    """What all ranks have agreed on.
+
+    Attributes:
+        applied: all updates are finite.
+        kl_scale: what the update was shortened by.
+        refreshed: number of layers.
+        failures: number of decompositions.
+        scalars: sums of the caller's numbers.
+        changes: how much the factors of a layer have changed between two refreshes, where that was measured.
+        layers: reports, where asked for.
+        changed: some rank has found the model changed.
+        differing: what the ranks do not have alike: "gradients", "optimizers" or nothing.
+    """
+
+    applied: bool
+    kl_scale: float
+    refreshed: int
+    failures: int
+    scalars: dict[str, float]
+    changes: dict[str, float]
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    changed: bool = False
+    differing: str = ""
+
+
+class Agreement:
+    """Measures updates layer by layer and reduces what was measured. Allocates nothing on an ordinary step.
+
+    Args:
+        model: for its gradients, which are all checked, those that are left to the optimizer too.
+        layers: captured layers by name.
+        owned: layer name -> whether its products count on this rank.
+        comm: the ranks that agree.
+        control: bounds the step.
+        dtype: of the products.
+
+    Attributes:
+        witness: the parameter whose averaged gradient all ranks compare in every step; None if there is none.
+        amount: of its gradient in this step; NaN where that is missing or sparse.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, CapturedLayer],
+        owned: Mapping[str, bool],
+        comm: Communicator,
+        control: StepControl,
+        dtype: torch.dtype,
+    ) -> None:
+        self._layers, self._owned, self._comm, self._control = layers, owned, comm, control
+        device = next(model.parameters()).device
+        self._products = torch.zeros(len(layers), LOGGED, dtype=dtype, device=device)
+        self._rows = {name: row.split(1) for name, row in zip(layers, self._products, strict=True)}
+        self.watch(model, layers)
+        self._work = Workspace()
+        self._scale = torch.ones((), dtype=dtype, device=device)
+        self._vectors: dict[int, Tensor] = {}
+        self._measured: set[str] = set()
+        self._asked: dict[tuple[bool, tuple[str, ...]], float] = {(False, ()): 0.0}
+
+    def watch(self, model: nn.Module, layers: Mapping[str, CapturedLayer]) -> None:
+        """Takes the parameters that are trained now; only those of these layers are clipped."""
+        captured = {id(p) for layer in layers.values() for p in layer.parameters}
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self._others = [p for p in parameters if id(p) not in captured]
+        self._captured = [p for p in parameters if id(p) in captured]
+        # Of what each layer is given, each other gradient and the witness: squares would overflow long before sums.
+        self._sums = self._products.new_zeros(len(self._layers) + len(self._others) + 1)
+        self.witness = min(self._captured, key=torch.numel, default=None)
+        self.amount = math.nan
+        self._entries = self._sums.unbind()
+        self._entry = dict(zip(self._layers, self._entries, strict=False))
+        self._limits = {name: _limit(layer) for name, layer in self._layers.items()}
+
+    def size(self, inputs: StepInputs, changes: Sequence[str]) -> int:
+        """How many numbers the reduction carries."""
+        logged = LOGGED * len(self._layers) if inputs.log else 0
+        return numbers(len(self._layers), self._control) + len(inputs.scalars) + len(changes) + logged
+
+    def start_step(self) -> None:
+        """Looks at the averaged gradients, which are still there."""
+        self._measured.clear()
+        gradient = None if self.witness is None else self.witness.grad
+        if self._comm.size == 1 or gradient is None or gradient.is_sparse:
+            self._entries[-1].fill_(math.nan)
+        else:
+            _amount(gradient, self._entries[-1])
+
+    def measure(self, name: str, update: Tensor, gradient: Tensor) -> None:
+        """Notes <U, D> of a layer that this rank preconditions; needed where the control asks for it."""
+        if isinstance(self._control, KLClip):
+            less = self._work.number("less", LESS, gradient.dtype, gradient.device)
+            _dot(update, torch.mul(gradient, less, out=self._work.like("scaled", gradient)), self._rows[name][0])
+
+    def describe(self, name: str, update: Tensor, gradient: Tensor, quadratic: Quadratic | None) -> None:
+        """Notes cosine and curvature share, on logged steps alone, for any size of the numbers.
+
+        Args:
+            name: of the layer.
+            update: [p, o, a] U, before its length is bounded.
+            gradient: [p, o, a] D.
+            quadratic: gives <U, F U> with the undamped curvature; None for a plain gradient.
+        """
+        u, d = size_of(update), size_of(gradient)
+        unit_update, unit_gradient = update / u, gradient / d
+        product = (unit_update * unit_gradient).sum().double()
+        norms = unit_update.norm().double() * unit_gradient.norm().double()
+        row = self._rows[name]
+        row[1].copy_(torch.where(norms > 0, product / norms, 1.0))
+        row[2].zero_()
+        if quadratic is not None:
+            share = quadratic(unit_update).double() * u.double() / (d.double() * product)
+            row[2].copy_(torch.where(product > 0, share, 0.0).view(1))
+
+    def check(self, name: str, update: Tensor) -> None:
+        """Notes whether what is written into a layer's gradient is finite there."""
+        _amount(update, self._entry[name], exact=self._limits[name] < math.inf)
+        self._measured.add(name)
+
+    def measure_size(self, name: str, update: Tensor, staleness: int) -> None:
+        """Notes how large a layer's update is by its weights, and how old its curvature; on logged steps alone."""
+        row = self._rows[name]
+        parameters = self._layers[name].parameters
+        weights = torch.stack([torch.linalg.vector_norm(p.detach(), dtype=update.dtype) for p in parameters]).norm()
+        row[3].copy_(update.norm() / weights.clamp(min=torch.finfo(weights.dtype).tiny))
+        row[4].fill_(staleness)
+
+    def reduce(
+        self, inputs: StepInputs, refreshed: float, failures: int, changes: Mapping[str, float | None]
+    ) -> Agreed:
+        """Agrees with all ranks, and applies the KL clip. Collective.
+
+        Args:
+            inputs: of the step.
+            refreshed: layers that this rank has renewed.
+            failures: decompositions that failed on this rank.
+            changes: the layers whose change is asked for, with the change where this rank has measured it.
+        """
+        asked = self._compare(inputs)
+        clip = self._control if isinstance(self._control, KLClip) else None
+        measured = self._products.tolist() if clip is not None or inputs.log else [[0.0] * LOGGED] * len(self._layers)
+        products = dict(zip(self._layers, measured, strict=True))
+        owned = [name for name in self._layers if name in self._measured and self._owned[name]]
+        bounded: dict[str, float] = {}
+        if clip is not None:
+            bounded = {name: clip.weight(inputs.learning_rates[name]) / LESS * products[name][0] for name in owned}
+        finite = self._finite() and all(math.isfinite(value) for value in bounded.values())
+        values = [float(not finite), refreshed, float(failures), float(inputs.changed)]
+        seen = self.amount if math.isfinite(self.amount) else 0.0
+        values += [float(math.isfinite(self.amount)), seen, seen**2, inputs.rates, inputs.rates**2, asked]
+        values += inputs.scalars.values()
+        values += [0.0 if change is None else 1.0 + change for change in changes.values()]
+        first_clip = len(values)
+        if clip is not None:
+            values += [bounded.get(name, 0.0) if finite else 0.0 for name in self._layers]
+        first_log = len(values)
+        if inputs.log:
+            for name in self._layers:  # the gradient of one that was left as it is has a cosine of 1 with itself
+                left = [0.0, float(self._owned[name]), 0.0, 0.0, 0.0]
+                values += products[name] if name in owned else left
+        totals = self._sum(values)
+        if totals[9] != self._comm.size * asked:
+            raise Refused("ranks differ in the names of step(scalars=...) or in log: give all the same")
+        quadratic = sum(totals[first_clip:first_log])
+        scale = 1.0 if clip is None else clip.scale(quadratic)
+        gradients = [p.grad for p in self._captured if p.grad is not None]
+        if scale != 1.0 and gradients:
+            self._scale.fill_(scale)  # a number would be made a tensor for every gradient
+            torch._foreach_mul_(gradients, self._scale)
+        first_change = FIXED + len(inputs.scalars)
+        found = zip(changes, totals[first_change:first_clip], strict=True)
+        differing = "" if totals[3] > 0 else self._differing(totals)
+        return Agreed(
+            applied=totals[0] == 0 and math.isfinite(quadratic) and not differing,
+            kl_scale=scale,
+            refreshed=round(totals[1]),
+            failures=int(totals[2]),
+            scalars=dict(zip(inputs.scalars, totals[FIXED:first_change], strict=True)),
+            changes={name: value - 1.0 for name, value in found if value > 0},
+            changed=totals[3] > 0,
+            differing=differing,
+            layers=self._reports(totals[first_log:], scale) if inputs.log else {},
+        )
+
+    def _compare(self, inputs: StepInputs) -> float:
+        """A number for what is asked for beside the step; what is new must be so on all ranks: lengths depend on it."""
+        key = (bool(inputs.log), tuple(inputs.scalars))
+        if key not in self._asked:
+            self._comm.meet(_call(inputs))
+            self._asked[key] = float(zlib.crc32(repr(key).encode()) + 1)
+        return self._asked[key]
+
+    def _sum(self, values: list[float]) -> list[float]:
+        vector = self._vectors.get(len(values))
+        if vector is None:
+            vector = self._vectors[len(values)] = torch.empty(len(values), dtype=torch.float64)
+        array = vector.numpy()
+        array[:] = values
+        if self._comm.size > 1:
+            self._comm.allreduce(vector, "control", "step control").wait()
+            self._comm.monitor.steps += 1
+        return vector.tolist()
+
+    def _finite(self) -> bool:
+        """Whether all that was written is, and what is left to the optimizer; a bad one of this rank alone counts."""
+        for parameter, entry in zip(self._others, self._entries[len(self._layers) : -1], strict=True):
+            if parameter.grad is None:
+                entry.zero_()
+            else:
+                _amount(parameter.grad, entry)
+        *largest, self.amount = self._sums.tolist()
+        written = dict(zip(self._layers, largest, strict=False))
+        others = largest[len(self._layers) :]
+        return all(map(math.isfinite, others)) and all(written[n] < self._limits[n] for n in self._measured)
+
+    def _differing(self, totals: Sequence[float]) -> str:
+        """What the ranks do not have alike, by the sums of numbers and squares."""
+        compared, amounts, squares, rates, squared = totals[4:9]
+        rounded = 0.0 if self.witness is None else 4 * torch.finfo(self.witness.dtype).eps
+        if _deviation(compared, amounts, squares) > max(GRADIENTS, rounded):
+            return "gradients"
+        return "optimizers" if _deviation(self._comm.size, rates, squared) > RATES else ""
+
+    def _reports(self, values: list[float], scale: float) -> dict[str, LayerReport]:
+        reports = {}
+        for position, name in enumerate(self._layers):
+            _, cosine, share, size, staleness = values[LOGGED * position : LOGGED * (position + 1)]
+            reports[name] = LayerReport(cosine, share, scale * size, int(staleness))
+        return reports
+
+
+def _deviation(count: float, total: float, squares: float) -> float:
+    """The standard deviation of so many numbers, by their root mean square; 0 for what is none."""
+    whole = count * squares
+    return math.sqrt(max(whole - total**2, 0.0) / whole) if 0 < whole < math.inf else 0.0
+
+
+def _call(inputs: StepInputs) -> str:
+    return f"step(scalars={{{', '.join(map(repr, inputs.scalars))}}}, log={bool(inputs.log)})"
+
+
+def _limit(layer: CapturedLayer) -> float:
+    """What rounds to infinity in a layer's gradients."""
+    least = min((torch.finfo(p.dtype) for p in layer.parameters), key=lambda info: info.max)
+    return least.max * (1.0 + least.eps / 4) if least.max < torch.finfo(torch.float32).max else math.inf
+
+
+def _amount(tensor: Tensor, out: Tensor, exact: bool = False) -> None:
+    """The sum of absolute entries; inf and NaN are kept. Allocates nothing where the dtypes are the same.
+
+    Where `exact`, or where the sum could overflow in the dtype, the largest of them, which takes longer on CPUs.
+    """
+    values = tensor._values() if tensor.is_sparse else tensor
+    order = math.inf if exact or values.element_size() < 4 else 1
+    if values.numel() == 0:
+        out.zero_()
+    elif values.dtype == out.dtype:
+        torch.linalg.vector_norm(values, order, out=out)
+    else:
+        out.copy_(torch.linalg.vector_norm(values, order))
+
+
+def _dot(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """The sum of elementwise products in `out` [1]; allocates nothing where the tensors are plain. torch.dot does."""
+    if left.dtype == right.dtype == out.dtype and left.is_contiguous() and right.is_contiguous():
+        torch.mv(left.view(1, -1), right.view(-1), out=out)
+    else:
+        out.copy_((left * right).sum())

@@ -1,0 +1,1 @@
+"""`hpc-kfac submit` and `hpc-kfac status`."""

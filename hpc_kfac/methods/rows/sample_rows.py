@@ -1,0 +1,162 @@
+"""What methods share that work with rows of the latest samples in place of moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpc_kfac.methods.method import Method, State, StateSpec, Terms
+from hpc_kfac.options.damping import Damping
+
+if TYPE_CHECKING:
+    from hpc_kfac.layers.batch import LayerBatch, LayerShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRows(Method):
+    """Keeps X [p, n, a] and R [p, n, o] of the latest batch and gathers those of all ranks.
+
+    Rows of all micro-batches of a step are put together; what exceeds `rows` is thinned out evenly. "valid" says for
+    how many samples a row stands, and "terms" how many loss terms the rank had: ranks count by their samples.
+
+    Args:
+        damping: added to the curvature, or a `Damping`; the value of the last refresh counts.
+        decay: has no effect, rows are replaced and not averaged.
+        rows: that each rank contributes; a batch with fewer leaves the rest empty.
+        positions: "sum" makes one row of a sample: x averaged and g summed over its positions; "subsample" takes
+            positions apart, evenly spread.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    damping: float | Damping | None = 0.03
+    decay: float = 0.0
+    rows: int = 64
+    positions: Literal["sum", "subsample"] = "sum"
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.rows < 1:
+            raise ValueError(f"rows is {self.rows}; give at least 1 row a rank")
+        if self.positions not in ("sum", "subsample"):
+            raise ValueError(f"positions is {self.positions!r}; choose sum or subsample")
+
+    def row_specs(self, shape: LayerShape) -> tuple[StateSpec, ...]:
+        """X, R, the samples that each row stands for (0 for padding), and the rank's loss terms."""
+        n = self.rows
+        sizes = {"X": (n, shape.inputs), "R": (n, shape.outputs), "valid": (n, 1), "terms": (1, 1)}
+        return tuple(
+            StateSpec(name, (shape.blocks, *size), "running", reduce="gather", lives="all", rank_axes=(1,))
+            for name, size in sizes.items()
+        )
+
+    def kernel_specs(self, shape: LayerShape, sizes: Mapping[str, int]) -> tuple[StateSpec, ...]:
+        """Rows of these sizes as they were at a refresh, and what is solved through their kernel."""
+        p, n = shape.blocks, self.rows
+        return (
+            *(StateSpec(f"{name}_solved", (p, n, d), "solved", rank_axes=(1,)) for name, d in sizes.items()),
+            StateSpec("kernel_inverse", (p, n, n), "solved", symmetric=True, rank_axes=(1, 2)),
+            StateSpec("kernel_damping", (p,), "solved"),
+        )
+
+    def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
+        return self.complete(self.collect(batch, state, shape), Terms.of(batch), state, shape)
+
+    def collect(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
+        return self.take_rows(batch, self.rows)
+
+    def take_rows(self, batch: LayerBatch, limit: int) -> State:
+        """At most so many rows of a batch, of samples or of positions; R in gradients of the sum of the loss terms."""
+        inputs, outputs = (batch.rows if self.positions == "sum" else batch.position_rows)(limit)
+        samples = batch.available(self.positions != "sum")
+        return {"X": inputs, "R": outputs / row_scale(samples, batch.count), "samples": torch.tensor(float(samples))}
+
+    def merge(self, merged: State, fresh: State, share: float) -> None:
+        """Puts rows together."""
+        self.join(merged, fresh, self.rows)
+
+    def join(self, merged: State, fresh: State, limit: int) -> None:
+        """Rows of both, in place; if they are more than the limit, as many, evenly spread over the samples of both."""
+        first, second = int(merged["samples"]), int(fresh["samples"])
+        for name in merged.keys() - {"samples"}:
+            parts = [merged[name], fresh[name]]
+            if parts[0].shape[1] + parts[1].shape[1] > limit:
+                head = -(-first * limit // (first + second))  # how many of 0, 1/limit, 2/limit ... are in the first
+                parts = [_thinned(part, n) for part, n in zip(parts, (head, limit - head), strict=True)]
+            merged[name] = torch.cat(parts, dim=1)
+        merged["samples"] = torch.tensor(float(first + second))
+
+    def complete(self, merged: State, terms: Terms, state: State, shape: LayerShape) -> State:
+        """As many rows as the state has, R scaled so that the mean of r r^T kron x x^T stands for the Fisher block."""
+        found = dict(merged)
+        samples = float(found.pop("samples"))
+        for name in found.keys() - {"X"}:
+            found[name] = found[name] * row_scale(samples, terms.all)
+        return self.padded(found, samples, terms)
+
+    def padded(self, found: State, samples: float, terms: Terms) -> State:
+        """Rows [p, n, d] with zeros after them, for how many samples each stands, and the loss terms."""
+        first = next(iter(found.values()))
+        p, n = first.shape[:2]
+        found = {**found, "valid": first.new_full((p, n, 1), samples / max(n, 1))}
+        padded = {name: F.pad(rows, (0, 0, 0, self.rows - n)) for name, rows in found.items()}
+        return {**padded, "terms": first.new_full((p, 1, 1), terms.all)}
+
+    def skip(self, running: State, terms: float, shape: LayerShape) -> None:
+        """Older rows, marked by a negative number of samples, only count where no rank has newer ones."""
+        if "valid" in running:
+            running["valid"] = -running["valid"].abs()
+        running["terms"] = torch.full((shape.blocks, 1, 1), terms)
+
+    def fold(self, state: State, fresh: State, decay: float) -> None:
+        """Replaces the rows."""
+        state.update(fresh)
+
+
+def input_weights(state: State) -> Tensor:
+    """Weights [p, n, 1] of the rows of all ranks with which the sum of x x^T is A."""
+    valid = _valid(state)
+    return valid / valid.sum(1, keepdim=True).clamp_min(1.0)
+
+
+def output_weights(state: State) -> Tensor:
+    """Weights [p, n, 1] of the rows of all ranks with which the sum of r r^T kron x x^T is F, that of r r^T is G.
+
+    Each rank's rows stand for its own F as a mean over its samples, of which F is the mean by loss terms.
+    """
+    valid = _valid(state)
+    terms = rank_terms(state)
+    own = valid.unflatten(1, (terms.shape[1], -1))
+    share = terms / terms.sum(1, keepdim=True).clamp_min(1.0) / own.sum(2).clamp_min(1.0)
+    return (own * share.unsqueeze(2)).flatten(1, 2)
+
+
+def rank_terms(state: State) -> Tensor:
+    """Loss terms of each rank [p, ranks, 1]; of rows that were saved without them, as many as rows."""
+    valid = _valid(state)
+    if "terms" not in state:
+        return valid.sum(1, keepdim=True)
+    terms = state["terms"].to(valid)
+    return torch.where(terms == 0, valid.unflatten(1, (terms.shape[1], -1)).sum(2), terms)
+
+
+def _valid(state: State) -> Tensor:
+    """How many samples each row stands for [p, n, 1]."""
+    newer = state["valid"].clamp_min(0.0)
+    return torch.where(newer.sum(1, keepdim=True) > 0, newer, state["valid"].abs())
+
+
+def _thinned(rows: Tensor, n: int) -> Tensor:
+    """So many of the rows [p, k, d], evenly spaced."""
+    return rows[:, torch.arange(n, device=rows.device) * rows.shape[1] // max(n, 1)]
+
+
+def row_scale(samples: float, terms: float) -> float:
+    """What gradients of the sum of the terms are multiplied with: the mean over samples is then (1/M) the sum."""
+    return (samples / terms) ** 0.5

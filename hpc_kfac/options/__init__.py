@@ -1,0 +1,1 @@
+"""What a user chooses: damping, Fisher source, schedule, step control."""

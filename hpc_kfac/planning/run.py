@@ -1,0 +1,79 @@
+"""The run that is planned for, out of its run file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hpc_kfac.cluster.ranks import InputError, underscored
+from hpc_kfac.distributed import Kaisa
+from hpc_kfac.options.schedule import Schedule
+from hpc_kfac.planning.model_costs import ModelCosts, model_costs
+from hpc_kfac.planning.models import named
+from hpc_kfac.planning.times import Settings
+from hpc_kfac.tasks.outlines import Outline, outline
+from hpc_kfac.training import config
+from hpc_kfac.training.setup import make_optimizer
+from hpc_kfac.training.weights import freeze
+
+AUTOCAST = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is planned for.
+
+    Attributes:
+        given: the run file's settings.
+        outline: its model.
+        settings: what bears on time and memory.
+        placement: of the run file.
+        schedule: of the run file.
+    """
+
+    given: config.Settings
+    outline: Outline
+    settings: Settings
+    placement: Kaisa
+    schedule: Schedule
+
+    def costs(self) -> ModelCosts:
+        """The model's figures.
+
+        Raises:
+            InputError: nothing of the model can be captured.
+        """
+        run = self.given.run
+        try:
+            return model_costs(
+                self.outline,
+                lambda model: make_optimizer(self.given.parts, model),
+                run.skip,
+                lambda model: freeze(model, run.freeze),
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+def read_run(arguments: Sequence[str], model: str | None = None) -> Run:
+    """The run of a run file and settings of the command line, with one of the named models in place of its task's.
+
+    Raises:
+        InputError: anything wrong in them.
+    """
+    given = config.parse([underscored(word) for word in arguments])
+    parts, options = given.parts, given.run
+    control = None if parts["method"].make is None else parts["step_control"]()
+    settings = Settings(
+        parts["method"](),
+        parts["precision"](),
+        control,
+        options.fisher,
+        AUTOCAST[options.autocast],
+        options.averaging,
+        options.accumulation_steps,
+    )
+    found = named(model) if model is not None else outline(parts["task"])
+    return Run(given, found, settings, parts["placement"](), parts["schedule"]())
