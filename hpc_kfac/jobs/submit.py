@@ -17,7 +17,7 @@ from pathlib import Path
 from hpc_kfac.cluster.ranks import InputError
 from hpc_kfac.training.stop import parse_duration
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 SITE = re.compile(r"^site=.*$", re.M)
 RUN = re.compile(r"^\[ \$# -gt 0 \] \|\| set -- .*$", re.M)
 """Lines of a template that say where it runs, and what if it is called without arguments."""
