@@ -123,7 +123,7 @@ class Executor:
         self.groups = Groups(comm, problem.assignment)
         self.agreement = Agreement(model, layers, owned, self.groups.trainers, control, problem.precision.wire)
         self.pool = BufferPool()
-        self.solver = Solver(problem, states)
+        self.solver = Solver(problem, states, comm.rank)
         self._workspace = Workspace()
         self._liveliness = Liveliness(layers, states, device)
         self._exchange = Exchange(layers, states, problem, self.groups, self.pool, device)

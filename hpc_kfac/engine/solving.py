@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 from hpc_kfac.distributed.placement import Unit
 from hpc_kfac.engine.plan import Problem
 from hpc_kfac.engine.step_report import LayerState
-from hpc_kfac.linalg.solve import is_finite
+from hpc_kfac.linalg.solve import is_finite, repetitions
 from hpc_kfac.methods.method import State
+from hpc_kfac.notices import Notices
 
 RETRIES = 3
-"""A decomposition that fails is tried again with ten times the damping, so many times."""
+"""A refresh that fails is tried again with ten times the damping, so many times."""
 
 
 class Solver:
@@ -24,14 +25,16 @@ class Solver:
     Args:
         problem: what is solved.
         states: the layers' tensors on this rank.
+        rank: this one.
 
     Attributes:
         renewed: unit -> step in which its decomposition began, for what was renewed in the present step.
         failures: decompositions of the present step that failed.
     """
 
-    def __init__(self, problem: Problem, states: Mapping[str, LayerState]) -> None:
-        self._problem, self._states = problem, states
+    def __init__(self, problem: Problem, states: Mapping[str, LayerState], rank: int) -> None:
+        self._problem, self._states, self._rank = problem, states, rank
+        self._notices = Notices()  # a rank's own, for what it alone decomposes
         self._pending: dict[Unit, tuple[int, Future[State | None]]] = {}
         self._thread: ThreadPoolExecutor | None = None
         self.renewed: dict[Unit, int] = {}
@@ -89,6 +92,7 @@ class Solver:
     def _install(self, unit: Unit, step: int, result: State | None) -> None:
         if result is None:
             self.failures += 1
+            self._tell_failure(unit, step)
             return
         layer, part = unit
         state = self._states[layer]
@@ -109,12 +113,42 @@ class Solver:
         method, shape = self._problem.method, self._problem.shapes[unit[0]]
         for attempt in range(RETRIES + 1):
             try:
-                result = method.refresh(view, shape, damping * 10**attempt, unit[1])
+                with repetitions() as repeated:
+                    result = method.refresh(view, shape, damping * 10**attempt, unit[1])
             except torch.linalg.LinAlgError:
                 continue
             if all(is_finite(tensor) for tensor in result.values()):
+                self._tell_repetitions(unit, repeated)
                 return result
         return None
+
+    def _tell_repetitions(self, unit: Unit, factors: Sequence[str]) -> None:
+        for name in factors:
+            self._tell(
+                unit,
+                f"repeated {name}",
+                f"layer {unit[0]!r}: the eigendecomposition of {name} failed in {_name(self._problem.precision.solve)}"
+                " and is made again in float64, as often as this happens: the matrix is of nearly rank one, as that of"
+                " inputs that are nearly constant, whose mean is better subtracted",
+            )
+
+    def _tell_failure(self, unit: Unit, step: int) -> None:
+        """Of a refresh that failed for good."""
+        layer, part = unit
+        old = self._states[layer].refreshed.get(part)
+        what = f"goes on with that of step {old}" if old is not None else "has no curvature yet"
+        self._tell(
+            unit,
+            "failed",
+            f"layer {layer!r}: the refresh{f' of {part}' if part else ''} of step {step} failed, also with"
+            f" {10**RETRIES} times the damping, and the layer {what}: its factors are not finite, or not positive"
+            " definite in the dtype of Precision(solve=...)",
+        )
+
+    def _tell(self, unit: Unit, about: str, text: str) -> None:
+        """Once for a layer, by one of the ranks that refresh it."""
+        if self._problem.assignment.solvers[unit][0] == self._rank:
+            self._notices.once(f"{about} {unit[0]}", text)
 
     def _has_statistics(self, layer: str) -> bool:
         view = self._states[layer].view()
@@ -123,3 +157,7 @@ class Solver:
             for spec in self._problem.specs[layer]
             if spec.role == "running" and (spec.reduce_at == "refresh" or not spec.rebased)
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

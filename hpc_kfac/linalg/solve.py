@@ -3,9 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+_FACTOR: ContextVar[str] = ContextVar("factor", default="a factor")
+_REPEATED: ContextVar[list[str] | None] = ContextVar("repeated", default=None)
+
+
+@contextmanager
+def named_factor(name: str) -> Iterator[None]:
+    """What is decomposed inside is the factor of this name, for `repetitions`."""
+    token = _FACTOR.set(name)
+    try:
+        yield
+    finally:
+        _FACTOR.reset(token)
+
+
+@contextmanager
+def repetitions() -> Iterator[list[str]]:
+    """Collects the names of factors whose eigendecomposition inside had to be repeated with more digits."""
+    found: list[str] = []
+    token = _REPEATED.set(found)
+    try:
+        yield found
+    finally:
+        _REPEATED.reset(token)
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:
@@ -67,9 +94,37 @@ def positive_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         torch.linalg.LinAlgError: the matrix is not finite or the decomposition does not converge.
     """
     require_finite(matrix, "factor")
-    values, basis = torch.linalg.eigh(matrix)
-    require_finite(values, "eigenvalues of a factor")
+    values, basis = eigh(matrix)
     return values.clamp_min_(0), basis.contiguous()
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of finite symmetric [..., n, n], where `torch.linalg.eigh` fails too.
+
+    LAPACK's divide and conquer gives up, or answers NaN, on matrices of nearly rank one whose other eigenvalues are
+    rounding errors: one in four float32 moments of ReLUs with nearly constant inputs. All blocks are then decomposed
+    in float64, moved by their mean eigenvalue, which takes the small ones away from 0: right but for rounding errors
+    of the largest one, as any decomposition is.
+
+    Raises:
+        torch.linalg.LinAlgError: not even that converges.
+    """
+    try:
+        values, basis = torch.linalg.eigh(matrix)
+        if is_finite(values) and is_finite(basis):
+            return values, basis
+    except torch.linalg.LinAlgError:
+        pass
+    repeated = _REPEATED.get()
+    if repeated is not None:
+        repeated.append(_FACTOR.get())
+    moved = matrix.double()
+    shift = moved.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    moved = moved + torch.diag_embed(shift.expand(moved.shape[:-1]))
+    values, basis = torch.linalg.eigh(moved)
+    require_finite(values, "eigenvalues of a factor")
+    require_finite(basis, "eigenvectors of a factor")
+    return (values - shift).to(matrix.dtype), basis.to(matrix.dtype)
 
 
 def relative_eigh(matrix: Tensor, metric: Tensor, damping: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -91,7 +146,7 @@ def relative_eigh(matrix: Tensor, metric: Tensor, damping: Tensor | float) -> tu
     root = torch.linalg.cholesky(damped)
     left = torch.linalg.solve_triangular(root, matrix, upper=False)
     whitened = torch.linalg.solve_triangular(root, left.mT, upper=False)
-    values, basis = torch.linalg.eigh((whitened + whitened.mT).mul_(0.5))
+    values, basis = eigh((whitened + whitened.mT).mul_(0.5))
     return values, torch.linalg.solve_triangular(root.mT, basis, upper=True).contiguous()
 
 

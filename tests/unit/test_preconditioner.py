@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -186,13 +188,53 @@ def test_failed_decomposition_keeps_the_last_good_one() -> None:
     for step in (1, 2):
         backward(preconditioner, model, step)
         raw = matrices(model, preconditioner)["4"]
-        report = preconditioner.step()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            report = preconditioner.step()
+        words = "layer '4': the refresh of A of step 1 failed, also with 1000 times the damping"
+        assert [str(w.message).partition(",")[0] for w in told] == [words.partition(",")[0]] * (step == 1)
         assert (report.applied, report.failures, report.refreshed) == (True, 1, 2)
         assert torch.equal(preconditioner.states["4"].solved["A_basis"], good)
         view = preconditioner.states["4"].view()
         shape = preconditioner.capture.layers["4"].shape
         close(matrices(model, preconditioner)["4"], preconditioner.method.precondition(raw, view, shape, DAMPING))
     assert preconditioner.failures == 2
+
+
+NEARLY_RANK_ONE = {
+    "kfac eigen": hk.KFAC(solver="eigen"),
+    "kfac root": hk.KFAC(power=0.5),
+    "ekfac": hk.EKFAC(),
+    "tekfac": hk.METHODS["tekfac"](),
+    "kpsvd": hk.METHODS["kpsvd"](terms=2, first="kfac"),
+    "shampoo": hk.METHODS["shampoo"](),
+    "soap": hk.METHODS["soap"](),
+}
+
+
+@pytest.mark.parametrize("name", NEARLY_RANK_ONE)
+def test_nearly_constant_inputs_in_float32(name: str) -> None:
+    """Decompositions of nearly rank-one factors do not fail, and steps are those of float64, but for rounding."""
+    for seed, scale in ((0, 1.0), (1, 1.0), (0, 1e-6), (2, 1e-6)):
+        updates = []
+        for dtype in (torch.float32, torch.float64):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(24, 400), nn.ReLU(), nn.Linear(400, 16)).to(dtype)
+            x, y = scale * (1 + 0.01 * torch.randn(64, 24)), torch.randint(16, (64,))
+            precision = hk.Precision(factors=dtype, solve=dtype, apply=dtype)
+            preconditioner = preconditioner_of(model, method=NEARLY_RANK_ONE[name], precision=precision)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                F.cross_entropy(model(x.to(dtype)), y).backward()
+                report = preconditioner.step()
+            assert (report.applied, report.failures) == (True, 0)
+            repeated = [str(w.message) for w in told if "float64, as often as this happens" in str(w.message)]
+            words = r"layer '[02]': the eigendecomposition of [AG] failed in float32"
+            assert all(re.match(words, text) for text in repeated) and len(set(repeated)) == len(repeated)
+            updates.append(matrices(model, preconditioner))
+        for found, exact in zip(updates[0].values(), updates[1].values(), strict=True):
+            # SOAP's update is of length 1 in each direction, also of those that rounding errors alone span.
+            assert name == "soap" or F.cosine_similarity(found.flatten().double(), exact.flatten(), dim=0) > 0.998
 
 
 def test_failed_decomposition_is_tried_again_with_more_damping() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from hpc_kfac.linalg.solve import named_factor
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.kronecker.factored import COMPOSE, EIGH, INVERSE
 from hpc_kfac.methods.kronecker.kronecker import Kronecker, mean_or_one
@@ -101,7 +102,8 @@ class KFAC(Kronecker):
             if part is not None and part != name:
                 continue
             solve = structure.inverse if self.power == 1.0 else structure.inverse_root
-            result[f"{name}_{self._solved_name}"] = solve(factors[name], dampings[name])
+            with named_factor(name):
+                result[f"{name}_{self._solved_name}"] = solve(factors[name], dampings[name])
         return result
 
     def split_damping(self, factors: State, shape: LayerShape, damping: float) -> dict[str, Tensor | float]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hpc_kfac.linalg.solve import relative_eigh
+from hpc_kfac.linalg.solve import named_factor, relative_eigh
 from hpc_kfac.linalg.structure import Dense
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.kronecker.factored import EIGH, INVERSE
@@ -142,7 +142,8 @@ class KPSVD(KFAC):
         dampings = self.split_damping(factors, shape, damping)
         result: State = {}
         for name in ("A", "G") if part is None else (part,):
-            values, basis = relative_eigh(second[name + "2"], factors[name], dampings[name])
+            with named_factor(name):
+                values, basis = relative_eigh(second[name + "2"], factors[name], dampings[name])
             result |= {f"{name}_values": values, f"{name}_basis": basis}
         return result
 

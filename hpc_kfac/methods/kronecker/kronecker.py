@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hpc_kfac.linalg.solve import named_factor
 from hpc_kfac.linalg.structure import Identity
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.kronecker.factored import Factored
@@ -51,7 +52,8 @@ class Kronecker(Factored):
         for name, structure, d in self.sides(shape):
             if part is not None and part != self.part_of(name):
                 continue
-            result[f"{name}_values"], basis = structure.eigh(factors[name], d)
+            with named_factor(name):
+                result[f"{name}_values"], basis = structure.eigh(factors[name], d)
             if basis is not None:
                 result[f"{name}_basis"] = basis
         return result

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.linalg.scaling import with_length_of
+from hpc_kfac.linalg.solve import named_factor
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.kronecker.factored import COMPOSE, EIGH
 from hpc_kfac.methods.kronecker.kronecker import Kronecker, mean_or_one
@@ -118,7 +119,8 @@ class Shampoo(GradientMoments):
             if part is None or part == name:
                 mean = mean_or_one(structure.trace(state[name], d) / d)
                 shift = damping * mean if self.relative_damping else damping
-                result[f"{name}_root"] = structure.inverse_root(state[name], shift, 2 * len(sides))
+                with named_factor(name):
+                    result[f"{name}_root"] = structure.inverse_root(state[name], shift, 2 * len(sides))
         return result
 
     def precondition(
