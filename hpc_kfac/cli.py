@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hpc_kfac.cluster.environment import check_threads
-from hpc_kfac.cluster.ranks import InputError, Ranks, alone, end, join, underscored
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import Ranks, alone, end, join, underscored
 
 HELP = """usage: hpc-kfac COMMAND ...
 

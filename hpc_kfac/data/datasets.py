@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-
-class DataError(ValueError):
-    """A data file is missing, damaged or not what it should be; the message names file, value and mend."""
+from hpc_kfac.cluster.errors import DataError
 
 
 class Dataset(Protocol):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_kfac.data.datasets import DataError
+from hpc_kfac.cluster.errors import DataError
 
 _UNSIGNED_BYTE = 8
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from hpc_kfac.data.datasets import DataError
+from hpc_kfac.cluster.errors import DataError
 from hpc_kfac.linalg.keyed_random import uniform
 
 _MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hpc_kfac.data.datasets import DataError, Dataset, KeyedDataset
+from hpc_kfac.cluster.errors import DataError
+from hpc_kfac.data.datasets import Dataset, KeyedDataset
 from hpc_kfac.data.sampler import GlobalBatch, ShardedSampler
 
 Augment = Callable[[Tensor, Tensor, int, int], Tensor]

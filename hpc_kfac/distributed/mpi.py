@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_kfac.cluster import environment
 from hpc_kfac.distributed.buffers import BufferPool
 from hpc_kfac.distributed.communicator import Communicator, Family, Flight, segments
+from hpc_kfac.distributed.gpu_memory import gpu_aware
 from hpc_kfac.distributed.letters import MPILetters
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -152,7 +152,7 @@ def _takes_gpu_memory() -> bool:
     """Whether non-blocking collectives take GPU memory. Open MPI's do not, though its blocking ones may."""
     from mpi4py import MPI
 
-    return MPI.get_vendor()[0] != "Open MPI" and any(s.endswith("=1") for s in environment.gpu_aware().split(", "))
+    return MPI.get_vendor()[0] != "Open MPI" and any(s.endswith("=1") for s in gpu_aware().split(", "))
 
 
 def _threads_may_call() -> bool:

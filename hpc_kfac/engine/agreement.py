@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hpc_kfac.distributed.communicator import Communicator
-from hpc_kfac.engine.step_report import LayerReport, StepInputs
+from hpc_kfac.engine.state import StepInputs
+from hpc_kfac.engine.step_report import LayerReport
 from hpc_kfac.layers import CapturedLayer
 from hpc_kfac.linalg.scaling import size_of
 from hpc_kfac.linalg.workspace import Workspace

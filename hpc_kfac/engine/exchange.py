@@ -15,7 +15,7 @@ from hpc_kfac.distributed.layout import Message, Slot
 from hpc_kfac.engine.operations import SOLVED, WEIGHT, Operation
 from hpc_kfac.engine.plan import Problem
 from hpc_kfac.engine.running_weight import Weight, total
-from hpc_kfac.engine.step_report import LayerState
+from hpc_kfac.engine.state import LayerState
 from hpc_kfac.layers import CapturedLayer
 from hpc_kfac.methods.method import StateSpec
 

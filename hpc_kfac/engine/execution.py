@@ -24,7 +24,7 @@ from hpc_kfac.engine.liveliness import Liveliness
 from hpc_kfac.engine.operations import Due, Operation
 from hpc_kfac.engine.plan import Problem
 from hpc_kfac.engine.solving import Solver
-from hpc_kfac.engine.step_report import LayerState, StepInputs
+from hpc_kfac.engine.state import LayerState, StepInputs
 from hpc_kfac.engine.timing import Timeline
 from hpc_kfac.layers import CapturedLayer
 from hpc_kfac.linalg.solve import is_finite

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hpc_kfac.engine.step_report import LayerState
+from hpc_kfac.engine.state import LayerState
 from hpc_kfac.layers import CapturedLayer
 
 

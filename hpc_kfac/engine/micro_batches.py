@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hpc_kfac.engine.step_report import LayerState
+from hpc_kfac.engine.state import LayerState
 from hpc_kfac.layers.batch import LayerBatch, LayerShape
 from hpc_kfac.linalg.solve import is_finite
 from hpc_kfac.methods.method import Method, Over, State, StateSpec, Terms

@@ -18,7 +18,7 @@ from hpc_kfac.distributed.placement import Assignment, Unit
 from hpc_kfac.engine.operations import SOLVED, UPDATE, WEIGHT, Due, Kind, Operation, buckets, message
 from hpc_kfac.engine.precision import Precision
 from hpc_kfac.engine.running_weight import NUMBERS
-from hpc_kfac.engine.step_report import LayerState
+from hpc_kfac.engine.state import LayerState
 from hpc_kfac.layers.batch import LayerShape
 from hpc_kfac.methods.method import Cost, Method, StateSpec
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpc_kfac.distributed import Communicator
 from hpc_kfac.engine.plan import Problem
-from hpc_kfac.engine.step_report import LayerState
+from hpc_kfac.engine.state import LayerState
 from hpc_kfac.layers import CapturedLayer
 from hpc_kfac.methods.method import Method
 from hpc_kfac.options.step_control import FixedNorm, StepControl

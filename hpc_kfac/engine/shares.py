@@ -16,7 +16,7 @@ from torch import Tensor
 from hpc_kfac.distributed import Communicator, Unit
 from hpc_kfac.engine.plan import Problem
 from hpc_kfac.engine.running_weight import NUMBERS, Weight, divisors, total
-from hpc_kfac.engine.step_report import LayerState
+from hpc_kfac.engine.state import LayerState
 from hpc_kfac.linalg.packing import Symmetric
 from hpc_kfac.methods.method import State, StateSpec
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hpc_kfac.distributed.placement import Unit
 from hpc_kfac.engine.plan import Problem
-from hpc_kfac.engine.step_report import LayerState
+from hpc_kfac.engine.state import LayerState
 from hpc_kfac.linalg.solve import is_finite, repetitions
 from hpc_kfac.methods.method import State
 from hpc_kfac.notices import Notices

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hpc_kfac.engine.micro_batches import Merged, StepTerms, fold
 from hpc_kfac.engine.observing import check_observed
-from hpc_kfac.engine.step_report import LayerState
+from hpc_kfac.engine.state import LayerState
 from hpc_kfac.engine.timing import timed
 from hpc_kfac.guards.doubts import Doubts
 from hpc_kfac.layers import Capture, LayerBatch, LayerShape

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,23 +14,13 @@ from typing import Any
 
 from hpc_kfac.checkpoint.sets import list_sets, step_of
 from hpc_kfac.cluster import lease
-from hpc_kfac.cluster.ranks import INTERRUPTED, InputError
+from hpc_kfac.cluster.errors import INTERRUPTED, InputError
+from hpc_kfac.cluster.scheduler import GONE, UNKNOWN, WAITING, Job, ask_scheduler, job_of
 from hpc_kfac.training.run_folder import DONE, STOPPED
-from hpc_kfac.training.stop import scheduler_answer
 
 TAIL = 256 * 1024  # bytes of the metrics that are read; rows of large models have some kB
 RECENT = 5  # rows of metrics whose step times tell the time that is left
 STALE = 30.0  # seconds without a sign of life; the lease is renewed every 5
-JOBS = {"SLURM_JOB_ID": "slurm", "PBS_JOBID": "pbs", "LSB_JOBID": "lsf"}
-WAITING = {
-    *("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"),
-    *("Q", "H", "W", "T"),
-    *("PEND", "PSUSP", "WAIT"),
-}
-"""What Slurm, PBS and LSF call a job that is yet to start."""
-UNKNOWN, GONE = "unknown", "gone"
-Job = tuple[str, str]
-"""Scheduler and id."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +77,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 def look(runs: Sequence[Path], environ: Mapping[str, str] = os.environ) -> list[Status]:
     """What is known of each run."""
     starts = {run: _starts(run) for run in runs}
-    jobs = {run: _job(starts[run][-1]) for run in runs}
+    jobs = {run: job_of(starts[run][-1]) for run in runs}
     told = ask_scheduler({job for run, job in jobs.items() if job and not (run / DONE).exists()}, environ)
     return [_status(run, starts[run], jobs[run], told) for run in runs]
 
@@ -234,46 +222,6 @@ def _clock(seconds: float | None) -> str | None:
 
 
 # The scheduler
-
-
-def _job(start: Mapping[str, Any]) -> Job | None:
-    variables = start.get("scheduler")
-    for name, scheduler in JOBS.items():
-        if isinstance(variables, dict) and isinstance(variables.get(name), str):
-            return scheduler, variables[name]
-    return None
-
-
-def ask_scheduler(jobs: set[Job], environ: Mapping[str, str]) -> dict[Job, str]:
-    """States of jobs in the scheduler's words; unknown without an answer, gone if it has none."""
-    told: dict[Job, str] = {}
-    for scheduler, ask in (("slurm", _slurm), ("pbs", _pbs), ("lsf", _lsf)):
-        ids = [job for name, job in jobs if name == scheduler]
-        if not ids:
-            continue
-        try:
-            states = ask(environ)
-        except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError, AttributeError):
-            told |= {(scheduler, job): UNKNOWN for job in ids}
-        else:
-            told |= {(scheduler, job): states.get(job, GONE) for job in ids}
-    return told
-
-
-def _slurm(environ: Mapping[str, str]) -> dict[str, str]:
-    # All of the user's: asked for one job that is gone, squeue fails.
-    lines = scheduler_answer(["squeue", "-h", "--me", "-o", "%A %T"], environ).splitlines()
-    return dict(line.split(maxsplit=1) for line in lines if " " in line)
-
-
-def _pbs(environ: Mapping[str, str]) -> dict[str, str]:
-    text = scheduler_answer(["qstat", "-f", "-F", "json"], environ)  # all: asked for one that is gone, qstat fails
-    return {job: facts["job_state"] for job, facts in json.loads(text).get("Jobs", {}).items()}
-
-
-def _lsf(environ: Mapping[str, str]) -> dict[str, str]:
-    lines = scheduler_answer(["bjobs", "-noheader", "-o", "jobid stat"], environ).splitlines()
-    return dict(re.findall(r"^(\d+)\s+(\w+)", "\n".join(lines), re.M))
 
 
 # Text

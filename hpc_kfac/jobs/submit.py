@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_kfac.cluster.ranks import InputError
-from hpc_kfac.training.stop import parse_duration
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.scheduler import parse_duration
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SITE = re.compile(r"^site=.*$", re.M)

@@ -22,7 +22,7 @@ import yaml
 
 from hpc_kfac.checkpoint import BrokenCheckpoint
 from hpc_kfac.checkpoint.inspect import factors, one_set
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
 
 GAMMAS = (0.0, 0.25, 0.5, 0.75)
 BATCHES = tuple(2**k for k in range(0, 24))

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from hpc_kfac.cluster.ranks import InputError, Ranks
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.distributed import Kaisa
 from hpc_kfac.engine.operations import Due
 from hpc_kfac.engine.timing import Timeline

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
 
 FOLDER = Path(__file__).parent / "machines"
 """The machine files that come along."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.tasks.models_text import GPT
 from hpc_kfac.tasks.models_vision import imagenet_resnet
 from hpc_kfac.tasks.outlines import IMAGENET_CLASSES, Outline

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hpc_kfac.cluster.ranks import InputError, underscored
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import underscored
 from hpc_kfac.distributed import Kaisa
 from hpc_kfac.options.schedule import Schedule
 from hpc_kfac.planning.model_costs import ModelCosts, model_costs

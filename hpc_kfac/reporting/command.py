@@ -8,7 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.files import replace_file
 from hpc_kfac.jobs import status
 from hpc_kfac.reporting import curves, factors, stacks
 from hpc_kfac.reporting.drawing import Picture, need_matplotlib
@@ -17,7 +18,6 @@ from hpc_kfac.reporting.history import History, check_folder, history
 from hpc_kfac.reporting.page import Section, page
 from hpc_kfac.reporting.rows import Metrics
 from hpc_kfac.reporting.spectra import Spectra, read_spectra
-from hpc_kfac.training.run_folder import replace_file
 
 LIVE = ("training", "starting", "waiting")
 """States of a run that is worth following."""

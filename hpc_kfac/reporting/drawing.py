@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.reporting.history import History
 from hpc_kfac.reporting.rows import Numbers
 

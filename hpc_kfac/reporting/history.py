@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpc_kfac.checkpoint.sets import list_sets, step_of
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.reporting.rows import Metrics, Numbers
 
 AXES = {"step": "steps", "samples": "samples", "seconds": "seconds of training"}

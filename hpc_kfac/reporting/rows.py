@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
 
 try:
     import orjson

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpc_kfac.linalg.keyed_random import KeyedDropout
+from hpc_kfac.tasks.dropout import KeyedDropout
 
 
 class Attention(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.tasks import models_text, models_vision
 from hpc_kfac.tasks.tasks import small_model
 from hpc_kfac.training.config import Component

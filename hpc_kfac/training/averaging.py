@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hpc_kfac import OwnerOptimizer, Preconditioner
-from hpc_kfac.cluster.ranks import InputError, Ranks
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import Ranks
 
 
 class Averaging(Protocol):

@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from hpc_kfac import StepReport, TrainingDiverged, WeightsDiffer
 from hpc_kfac.checkpoint import Saved
-from hpc_kfac.cluster.ranks import LossBlewUp, RunStopped
+from hpc_kfac.cluster.errors import LossBlewUp, RunStopped
 from hpc_kfac.data.loader import Batch
-from hpc_kfac.linalg.keyed_random import keyed
+from hpc_kfac.tasks.dropout import keyed
 from hpc_kfac.training.console import Console
 from hpc_kfac.training.evaluation import evaluate, totals
 from hpc_kfac.training.loop_state import Progress

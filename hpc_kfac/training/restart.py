@@ -9,7 +9,8 @@ from pathlib import Path
 
 from hpc_kfac.checkpoint import BrokenCheckpoint, Saved, find, newest
 from hpc_kfac.checkpoint.sets import clean
-from hpc_kfac.cluster.ranks import InputError, Ranks
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.distributed import lent
 from hpc_kfac.training.config import Settings
 from hpc_kfac.training.run_folder import DONE

@@ -10,8 +10,10 @@ import torch
 
 from hpc_kfac import Preconditioner, checkpoint
 from hpc_kfac.checkpoint import Saved
+from hpc_kfac.cluster.errors import InputError, RunInterrupted, RunStopped
 from hpc_kfac.cluster.lease import Lease, LeaseTaken
-from hpc_kfac.cluster.ranks import InputError, Ranks, RunInterrupted, RunStopped, keep_freed_memory
+from hpc_kfac.cluster.ranks import Ranks, keep_freed_memory
+from hpc_kfac.cluster.scheduler import scheduler_deadline
 from hpc_kfac.training.config import Settings
 from hpc_kfac.training.console import Console
 from hpc_kfac.training.loop import Loop, Result
@@ -19,7 +21,7 @@ from hpc_kfac.training.restart import Start, find_start, load_start
 from hpc_kfac.training.run_folder import StopNote, create_run_folder, open_run_folder
 from hpc_kfac.training.saving import Saver
 from hpc_kfac.training.setup import Setup, build, make_preconditioner
-from hpc_kfac.training.stop import StopRequests, scheduler_deadline
+from hpc_kfac.training.stop import StopRequests
 from hpc_kfac.training.weights import freeze
 
 

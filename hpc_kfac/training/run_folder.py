@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from hpc_kfac.cluster import environment
-from hpc_kfac.cluster.ranks import EXPECTED, Ranks, exit_status
+from hpc_kfac.cluster import environment, scheduler
+from hpc_kfac.cluster.errors import EXPECTED, exit_status
+from hpc_kfac.cluster.files import replace_file
+from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.training.config import Settings
 
 DONE = "done.json"
@@ -180,20 +182,6 @@ def _with_earlier(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
     return first | {"restarts": [*first.get("restarts", []), facts]}
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes a text file at once or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.new")
-    with open(aside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
 def now() -> str:
     """The time, in ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -214,7 +202,7 @@ def describe(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         "averaging": settings.run.averaging if ranks.size > 1 else None,
         "threads": torch.get_num_threads(),
         "seed": settings.run.seed,
-        "scheduler": environment.scheduler_variables(),
+        "scheduler": scheduler.scheduler_variables(),
     }
 
 

@@ -11,8 +11,8 @@ from hpc_kfac.checkpoint.reading import together
 from hpc_kfac.checkpoint.sets import list_sets, remove
 from hpc_kfac.checkpoint.state import collect
 from hpc_kfac.checkpoint.values import as_tree, from_tree
+from hpc_kfac.cluster.errors import InputError, RunInterrupted, RunStopped
 from hpc_kfac.cluster.lease import Lease
-from hpc_kfac.cluster.ranks import InputError, RunInterrupted, RunStopped
 from hpc_kfac.distributed import Communicator, communicator
 from hpc_kfac.training.loop_state import Progress
 from hpc_kfac.training.run_folder import RunFolder

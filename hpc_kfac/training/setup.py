@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from hpc_kfac import FixedNorm, Preconditioner
-from hpc_kfac.cluster.ranks import InputError, Ranks, choose_device, set_threads
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import Ranks, choose_device, set_threads
 from hpc_kfac.data.loader import Loader
 from hpc_kfac.data.sampler import ShardedSampler
 from hpc_kfac.tasks.tasks import Task

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.scheduler import parse_duration
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 SAVES = 3  # of the longest kind must fit in before the limit
-PATIENCE = 10.0  # seconds for an answer of the scheduler
-UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 
 
 class StopRequests:
@@ -78,89 +72,3 @@ class StopRequests:
     def saving_took(self, seconds: float) -> None:
         """Notes how long a save took: from then on there is time for three such before the limit."""
         self._margin = max(self._margin, SAVES * seconds)
-
-
-def parse_duration(text: str | float) -> float:
-    """Seconds of a duration.
-
-    Forms: 90, 90s, 15m, 4h, 2d, 1h30m, and with colons 1:30 (minutes and seconds), 1:30:00, 2-00:00:00 (days first;
-    2-12 and 2-12:30 go down to hours and minutes). With colons they are Slurm's. A bare number is seconds here and
-    minutes there.
-
-    Raises:
-        InputError: it is none of these, or not positive.
-    """
-    try:
-        seconds = _seconds(str(text).strip())
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise InputError(f"time limit {text!r} is no duration; write it like 90s, 15m, 4h, 1:30:00 or 2-00:00:00")
-    return seconds
-
-
-def scheduler_deadline(environ: Mapping[str, str]) -> float | None:
-    """Unix time at which the scheduler ends this job, as far as it tells: Slurm, PBS or LSF.
-
-    Args:
-        environ: the job's environment; the scheduler's command is looked for on its PATH.
-
-    Returns:
-        None without a scheduler, without a limit, or if it does not answer within 10 s.
-    """
-    for variable, ask in (("SLURM_JOB_ID", _slurm), ("PBS_JOBID", _pbs), ("LSB_JOBID", _lsf)):
-        if variable in environ:
-            try:
-                return ask(environ[variable], environ)
-            except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError):
-                return None
-    return None
-
-
-def _slurm(job: str, environ: Mapping[str, str]) -> float:
-    if environ.get("SLURM_JOB_END_TIME", "").isdigit():
-        return float(environ["SLURM_JOB_END_TIME"])
-    lines = scheduler_answer(["squeue", "-h", "-j", job, "-o", "%L"], environ).split()
-    return time.time() + _seconds(lines[0])  # UNLIMITED and NOT_SET are no durations
-
-
-def _pbs(job: str, environ: Mapping[str, str]) -> float:
-    (facts,) = json.loads(scheduler_answer(["qstat", "-f", "-F", "json", job], environ))["Jobs"].values()
-    limit = _seconds(facts["Resource_List"]["walltime"])
-    # Not resources_used.walltime: it is minutes old.
-    return time.mktime(time.strptime(facts["stime"], "%a %b %d %H:%M:%S %Y")) + limit
-
-
-def _lsf(job: str, environ: Mapping[str, str]) -> float:
-    index = environ.get("LSB_JOBINDEX", "0")
-    which = job if index in ("", "0") else f"{job}[{index}]"
-    text = scheduler_answer(["bjobs", "-noheader", "-o", "time_left", which], environ)
-    found = re.match(r"(\d+):(\d+)\b", text.strip())  # hours, minutes, and a letter for what kind of limit it is
-    if found is None:
-        raise ValueError(text)
-    return time.time() + 3600 * int(found[1]) + 60 * int(found[2])
-
-
-def scheduler_answer(command: list[str], environ: Mapping[str, str]) -> str:
-    """What a command of the scheduler prints; an exception if it fails or is not there in time."""
-    result = subprocess.run(
-        command, env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
-        timeout=PATIENCE,
-    )  # fmt: skip
-    return result.stdout
-
-
-def _seconds(text: str) -> float:
-    """Of any of the forms, zero included; ValueError for others."""
-    number = r"\d+(?:\.\d+)?"
-    if re.fullmatch(number, text):
-        return float(text)
-    if re.fullmatch(rf"(?:{number}[dhms])+", text):
-        return sum(float(amount) * UNITS[unit] for amount, unit in re.findall(rf"({number})([dhms])", text))
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", text)
-    if found is None:
-        raise ValueError(text)
-    parts = [int(part) for part in found[2].split(":")]
-    if found[1] is None:  # M:S or H:M:S; behind days the hours come first
-        parts = [0] * (3 - len(parts)) + parts
-    return 86400 * int(found[1] or 0) + sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))

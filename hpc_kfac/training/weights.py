@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from hpc_kfac.checkpoint import BrokenCheckpoint, Saved, find
 from hpc_kfac.checkpoint.state import mean_buffers
-from hpc_kfac.cluster.ranks import InputError, Ranks, choose_device, set_threads
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import Ranks, choose_device, set_threads
 from hpc_kfac.data.loader import Loader
 from hpc_kfac.data.sampler import ShardedSampler
 from hpc_kfac.distributed import lent

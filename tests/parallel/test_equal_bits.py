@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import hpc_kfac as hk
-from hpc_kfac.distributed.communicator import communicator
+from hpc_kfac.distributed.wrapping import communicator
 from hpc_kfac.engine.agreement import Agreement
-from hpc_kfac.engine.step_report import StepInputs
+from hpc_kfac.engine.state import StepInputs
 from hpc_kfac.layers.linear import LinearLayer
 from parallel.small_training import RELATIVES, train
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hpc_kfac.checkpoint import Saved, newest
-from hpc_kfac.cluster.ranks import Ranks, RunInterrupted, join
+from hpc_kfac.cluster.errors import RunInterrupted
+from hpc_kfac.cluster.ranks import Ranks, join
 from hpc_kfac.distributed import communicator
 from hpc_kfac.training.config import parse
 from hpc_kfac.training.console import Console

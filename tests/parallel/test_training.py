@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_kfac.cluster.ranks import InputError, Ranks, join
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import Ranks, join
 from hpc_kfac.training.averaging import make_averaging
 from hpc_kfac.training.config import parse
 from hpc_kfac.training.console import Console

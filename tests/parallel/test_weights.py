@@ -11,7 +11,8 @@ import torch
 
 from hpc_kfac.checkpoint import Checkpoints
 from hpc_kfac.checkpoint.state import collect
-from hpc_kfac.cluster.ranks import InputError, Ranks
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.training.config import parse
 from hpc_kfac.training.weights import evaluate_checkpoint, load_weights
 

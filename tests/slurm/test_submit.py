@@ -10,7 +10,7 @@ from batch_jobs import HERE, run_file
 from sandbox import Sandbox
 
 import support
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.jobs.status import look
 from hpc_kfac.jobs.submit import submit
 

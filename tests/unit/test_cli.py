@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hpc_kfac import cli
-from hpc_kfac.cluster import environment
+from hpc_kfac.cluster import environment, scheduler
 from hpc_kfac.cluster.ranks import Ranks, alone, choose_device, join, set_threads
 
 
@@ -61,7 +61,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_a_process_without_launcher_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*environment.WORLD_SIZES, "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+    for name in (*scheduler.WORLD_SIZES, "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     assert join() == Ranks() == alone()
     monkeypatch.setenv("SLURM_PROCID", "3")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hpc_kfac as hk
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.training.config import Settings, parse
 
 RUNS = sorted((Path(__file__).parents[2] / "jobs" / "runs").glob("*.yaml"))

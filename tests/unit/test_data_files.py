@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from hpc_kfac.cluster.errors import DataError
 from hpc_kfac.data.cifar import read_batch, read_cifar10
-from hpc_kfac.data.datasets import DataError
 from hpc_kfac.data.idx import read_idx, read_image_folder
 from hpc_kfac.data.text import read_text, windows
 from hpc_kfac.tasks.tasks import FASHION_MNIST

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hpc_kfac.data.datasets import DataError
+from hpc_kfac.cluster.errors import DataError
 from hpc_kfac.data.images import (
     ImageFolder,
     PackedImages,

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hpc_kfac.cluster.errors import DataError
 from hpc_kfac.data.augment import CropAndFlip
-from hpc_kfac.data.datasets import ByteImages, DataError, ItemDataset, ReconstructionImages, TensorDataset
+from hpc_kfac.data.datasets import ByteImages, ItemDataset, ReconstructionImages, TensorDataset
 from hpc_kfac.data.loader import Batch, Loader
 from hpc_kfac.data.sampler import ShardedSampler
 

@@ -9,13 +9,15 @@ import pytest
 from mpi4py import MPI
 
 import support
-from hpc_kfac.cluster import environment
+from hpc_kfac.cluster import environment, scheduler
+from hpc_kfac.cluster.errors import LaunchError
+from hpc_kfac.distributed import gpu_memory
 
 
 @pytest.fixture
 def plain(monkeypatch):
     """An environment without launcher or scheduler."""
-    for name in (*environment.SCHEDULER_VARIABLES, "HPC_KFAC_RANKS"):
+    for name in (*scheduler.SCHEDULER_VARIABLES, "HPC_KFAC_RANKS"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -46,10 +48,10 @@ def test_report_without_mpi4py_and_horovod(plain):
 
 
 def test_gpu_awareness_of_an_mpi_without_queries_is_told_from_its_settings(plain):
-    plain.setattr(environment, "_loaded_mpi_libraries", lambda: [])
-    assert environment.gpu_aware().startswith("unknown")
+    plain.setattr(gpu_memory, "_loaded_mpi_libraries", lambda: [])
+    assert gpu_memory.gpu_aware().startswith("unknown")
     plain.setenv("MPICH_GPU_SUPPORT_ENABLED", "1")
-    assert environment.gpu_aware() == "MPICH_GPU_SUPPORT_ENABLED=1"
+    assert gpu_memory.gpu_aware() == "MPICH_GPU_SUPPORT_ENABLED=1"
 
 
 @pytest.mark.parametrize(
@@ -67,20 +69,20 @@ def test_gpu_awareness_of_an_mpi_without_queries_is_told_from_its_settings(plain
 def test_launched_ranks(plain, variables, expected):
     for name, value in variables.items():
         plain.setenv(name, value)
-    assert environment.launched_ranks() == expected
+    assert scheduler.launched_ranks() == expected
 
 
 def test_singletons_of_srun_are_refused(plain):
     plain.setenv("SLURM_STEP_ID", "0")
     plain.setenv("SLURM_NTASKS", "4")
     message = r"SLURM_NTASKS=4, but MPI.COMM_WORLD has 1 rank.*srun --mpi=pmix"
-    with pytest.raises(environment.LaunchError, match=message):
+    with pytest.raises(LaunchError, match=message):
         environment.check_launch()
 
 
 def test_singletons_of_a_foreign_mpirun_are_refused(plain):
     plain.setenv("PMI_SIZE", "2")
-    with pytest.raises(environment.LaunchError, match=r"PMI_SIZE=2.*the mpirun that belongs to this MPI"):
+    with pytest.raises(LaunchError, match=r"PMI_SIZE=2.*the mpirun that belongs to this MPI"):
         environment.check_launch()
 
 
@@ -92,7 +94,7 @@ def test_one_process_is_accepted(plain):
 
 def test_a_single_process_where_a_job_script_expects_more_is_refused(plain):
     plain.setenv("HPC_KFAC_RANKS", "4")
-    with pytest.raises(environment.LaunchError, match="HPC_KFAC_RANKS=4, but MPI.COMM_WORLD has 1 rank"):
+    with pytest.raises(LaunchError, match="HPC_KFAC_RANKS=4, but MPI.COMM_WORLD has 1 rank"):
         environment.check_launch()
     plain.setenv("HPC_KFAC_RANKS", "1")
     environment.check_launch()
@@ -101,7 +103,7 @@ def test_a_single_process_where_a_job_script_expects_more_is_refused(plain):
 @pytest.mark.ranks(2)
 def test_another_number_of_ranks_than_expected_is_refused(comm, monkeypatch):
     monkeypatch.setenv("HPC_KFAC_RANKS", "3")
-    with pytest.raises(environment.LaunchError, match="HPC_KFAC_RANKS=3, but MPI.COMM_WORLD has 2 ranks"):
+    with pytest.raises(LaunchError, match="HPC_KFAC_RANKS=3, but MPI.COMM_WORLD has 2 ranks"):
         environment.check_launch()
     monkeypatch.setenv("HPC_KFAC_RANKS", "2")
     environment.check_launch()
@@ -119,8 +121,8 @@ def test_ranks_of_mpirun_are_accepted(comm, mpi_ranks, monkeypatch):
 def test_low_thread_level_is_refused(tmp_path):
     program = tmp_path / "low.py"
     program.write_text(
-        "import mpi4py\nmpi4py.rc.thread_level = 'serialized'\nfrom hpc_kfac.cluster import environment\n"
-        "try:\n    environment.check_threads()\nexcept environment.LaunchError as error:\n    print('refused:', error)"
+        "import mpi4py\nmpi4py.rc.thread_level = 'serialized'\nfrom hpc_kfac.cluster import environment, errors\n"
+        "try:\n    environment.check_threads()\nexcept errors.LaunchError as error:\n    print('refused:', error)"
     )
     result = support.run_mpi(program, ranks=1)
     assert result.rc == 0, result.output

@@ -6,7 +6,8 @@ from scipy import stats
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hpc_kfac.linalg.keyed_random import KeyedDropout, keyed, uniform
+from hpc_kfac.linalg.keyed_random import uniform
+from hpc_kfac.tasks.dropout import KeyedDropout, keyed
 
 INDEX = torch.arange(2000)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_kfac.linalg.keyed_random import keyed
+from hpc_kfac.tasks.dropout import keyed
 from hpc_kfac.tasks.models_text import GPT
 from hpc_kfac.tasks.models_vision import PadShortcut, autoencoder, cifar_resnet, cnn, imagenet_resnet, mlp
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_kfac.cluster.ranks import InputError, Ranks
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.planning import batch_size
 from hpc_kfac.planning.batch_size import Spectrum, half_efficient, preconditioners, report, steps
 from hpc_kfac.training import config

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpc_kfac.cluster.ranks import InputError, Ranks
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.planning import calibrate
 from hpc_kfac.planning.command import plan
 from hpc_kfac.planning.machine import PHASES, load

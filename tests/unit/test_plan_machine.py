@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.planning.machine import FOLDER, load, machines, number
 
 

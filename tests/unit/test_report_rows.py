@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.linalg import spectrum
 from hpc_kfac.reporting.drawing import envelope
 from hpc_kfac.reporting.history import history

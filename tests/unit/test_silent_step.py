@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hpc_kfac as hk
-from hpc_kfac.cluster.ranks import InputError, Ranks
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.linalg.orthogonal import orthogonal
 from hpc_kfac.linalg.scaling import _inverse_norm, size_of, with_length_of
 from hpc_kfac.linalg.workspace import Workspace

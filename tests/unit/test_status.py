@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from hpc_kfac import cli
-from hpc_kfac.cluster.ranks import InputError, Ranks, RunInterrupted, RunStopped
+from hpc_kfac.cluster.errors import InputError, RunInterrupted, RunStopped
+from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.jobs import status
 from hpc_kfac.jobs.status import Status, find_runs, look, table
 from hpc_kfac.training import config, stop

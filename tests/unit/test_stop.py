@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.cluster.scheduler import parse_duration, scheduler_deadline
 from hpc_kfac.training import stop
-from hpc_kfac.training.stop import StopRequests, parse_duration, scheduler_deadline
+from hpc_kfac.training.stop import StopRequests
 
 CHILD = """
 import sys, time

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_kfac.cluster.ranks import InputError
+from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.jobs import submit as module
 from hpc_kfac.jobs.submit import CHECKOUT, Job, Site, read_site, render, submit
 

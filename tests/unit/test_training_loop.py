@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from hpc_kfac import StepReport, TrainingDiverged, cli
-from hpc_kfac.cluster.ranks import InputError, Ranks, RunStopped
+from hpc_kfac.cluster.errors import InputError, RunStopped
+from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.training.config import parse
 from hpc_kfac.training.console import Console
 from hpc_kfac.training.dry_run import dry_run
