@@ -15,7 +15,7 @@ from hpc_kfac.cluster.errors import InputError, RunInterrupted, RunStopped
 from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.jobs import status
 from hpc_kfac.jobs.status import Status, find_runs, look, table
-from hpc_kfac.training import config, stop
+from hpc_kfac.training import config
 from hpc_kfac.training.run import run
 
 SMALL = ["--method", "none", "--max_steps", "20", "--log_every", "5", "--name", "one", "--resume", "auto"]
@@ -126,7 +126,7 @@ def test_a_silent_run_and_its_scheduler(folder: Path, tmp_path: Path, answer: st
 
 
 def test_a_scheduler_that_does_not_answer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop, "PATIENCE", 0.2)
+    monkeypatch.setattr("hpc_kfac.cluster.scheduler.PATIENCE", 0.2)
     began = time.monotonic()
     assert only(folder, squeue(tmp_path, "exec sleep 30")).job_state == "unknown"
     assert time.monotonic() - began < 5

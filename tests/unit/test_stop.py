@@ -16,7 +16,6 @@ import pytest
 
 from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.cluster.scheduler import parse_duration, scheduler_deadline
-from hpc_kfac.training import stop
 from hpc_kfac.training.stop import StopRequests
 
 CHILD = """
@@ -218,7 +217,7 @@ def test_lsf(scheduler: Callable[[str, str], dict[str, str]]) -> None:
 def test_a_scheduler_that_hangs_is_not_waited_for(
     scheduler: Callable[[str, str], dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stop, "PATIENCE", 0.3)
+    monkeypatch.setattr("hpc_kfac.cluster.scheduler.PATIENCE", 0.3)
     path = scheduler("squeue", "exec sleep 30")
     start = time.monotonic()
     assert scheduler_deadline({"SLURM_JOB_ID": "7", **path}) is None
