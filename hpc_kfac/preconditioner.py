@@ -169,8 +169,6 @@ class Preconditioner:
         check_kind(optimizer)
         self.method = method or KFAC()
         self.damping = as_damping(self.method.damping)
-        if isinstance(self.damping, LevenbergMarquardt):
-            check_steers(self.method, step_control)
         self.schedule = schedule or Schedule()
         self.step_control: StepControl = step_control
         self.precision = precision or Precision()
@@ -231,6 +229,8 @@ class Preconditioner:
             self._watchdog = Watchdog(self._comm.mpi, self._comm.monitor, stall_seconds)
             self._attachments.add(self._watchdog.stop)
         shapes = {name: layer.shape for name, layer in self.capture.layers.items()}
+        if isinstance(self.damping, LevenbergMarquardt):
+            check_steers(self.method, shapes, step_control)
         self._placement = placement or Kaisa()
         self._problem = self._place(shapes)
         self._placed = self._problem.assignment  # of all layers that there were
@@ -807,6 +807,7 @@ class Preconditioner:
             self._times.load_state_dict(times)
             self.damping.load_state_dict(damping)
             raise
+        shares.add_dampings(states, pending, self._problem)
         self.states.update(states)
         self.steps, self.skipped, self.failures = steps, skipped, failures
         self._skipped_in_row = skipped_in_row

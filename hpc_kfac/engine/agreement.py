@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,6 @@ from hpc_kfac.options.step_control import KLClip, StepControl
 
 LESS = 2.0**-64
 """What <U, D> is measured times: sums of squares of 1e28 are finite then, and what vanishes is far below any bound."""
-Quadratic = Callable[[Tensor], Tensor]
 
 LOGGED = 5
 """Numbers of each layer that a logged step reduces, too: <U, D>, cosine, curvature share, size of update, staleness."""
@@ -140,25 +139,21 @@ class Agreement:
             less = self._work.number("less", LESS, gradient.dtype, gradient.device)
             _dot(update, torch.mul(gradient, less, out=self._work.like("scaled", gradient)), self._rows[name][0])
 
-    def describe(self, name: str, update: Tensor, gradient: Tensor, quadratic: Quadratic | None) -> None:
+    def describe(self, name: str, update: Tensor, gradient: Tensor, share: Tensor | float) -> None:
         """Notes cosine and curvature share, on logged steps alone, for any size of the numbers.
 
         Args:
             name: of the layer.
             update: [p, o, a] U, before its length is bounded.
             gradient: [p, o, a] D.
-            quadratic: gives <U, F U> with the undamped curvature; None for a plain gradient.
+            share: of the curvature; NaN where there is none to tell.
         """
-        u, d = size_of(update), size_of(gradient)
-        unit_update, unit_gradient = update / u, gradient / d
+        unit_update, unit_gradient = update / size_of(update), gradient / size_of(gradient)
         product = (unit_update * unit_gradient).sum().double()
         norms = unit_update.norm().double() * unit_gradient.norm().double()
         row = self._rows[name]
         row[1].copy_(torch.where(norms > 0, product / norms, 1.0))
-        row[2].zero_()
-        if quadratic is not None:
-            share = quadratic(unit_update).double() * u.double() / (d.double() * product)
-            row[2].copy_(torch.where(product > 0, share, 0.0).view(1))
+        row[2].copy_(torch.as_tensor(share))
 
     def check(self, name: str, update: Tensor) -> None:
         """Notes whether what is written into a layer's gradient is finite there."""
@@ -273,7 +268,7 @@ class Agreement:
         reports = {}
         for position, name in enumerate(self._layers):
             _, cosine, share, size, staleness = values[LOGGED * position : LOGGED * (position + 1)]
-            reports[name] = LayerReport(cosine, share, scale * size, int(staleness))
+            reports[name] = LayerReport(cosine, None if math.isnan(share) else share, scale * size, int(staleness))
         return reports
 
 

@@ -7,6 +7,7 @@ layer that is complete is marked as ready, and buckets go out in the plan's orde
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from hpc_kfac.engine.solving import Solver
 from hpc_kfac.engine.state import LayerState, StepInputs
 from hpc_kfac.engine.timing import Timeline
 from hpc_kfac.layers import CapturedLayer
+from hpc_kfac.linalg.scaling import size_of
 from hpc_kfac.linalg.solve import is_finite
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import State
@@ -376,7 +378,7 @@ class Executor:
             update = self._problem.method.precondition(gradient, view, shape, self._inputs.damping, self._workspace)
         self.agreement.measure(name, update, gradient)
         if self._inputs.log:
-            self.agreement.describe(name, update, gradient, self._quadratic(name, view) if ready else None)
+            self.agreement.describe(name, update, gradient, self._share(name, view, update, ready))
         if control is not None:
             update = control.bound(update, layer.shared, state.momentum.get("alive"))
         if self._inputs.log:
@@ -389,12 +391,16 @@ class Executor:
         if update is not fresh or control is not None:
             layer.set_gradient(update, self._workspace)
 
-    def _quadratic(self, name: str, view: State) -> Callable[[Tensor], Tensor] | None:
-        """<U, F U> where this rank has the layer's curvature and speaks for it."""
-        missing = any(spec.name not in view for spec in self._problem.specs[name])
-        if missing or self._problem.assignment.owner[name] != self._comm.rank:
-            return None
-        return lambda update: self._problem.method.quadratic(update, view, self._problem.shapes[name])
+    def _share(self, name: str, view: State, update: Tensor, ready: bool) -> Tensor | float:
+        """<U, F U> / <U, (F + damping) U>, 0 for a plain gradient; NaN for what is no such U, or has no length."""
+        method, shape = self._problem.method, self._problem.shapes[name]
+        if not method.is_damped(shape) or self._problem.assignment.owner[name] != self._comm.rank:
+            return math.nan
+        if not ready or any(spec.name not in view for spec in self._problem.specs[name]):
+            return 0.0
+        unit = update / size_of(update)
+        curved = method.quadratic(unit, view, shape).double()
+        return curved / (curved + method.damping_form(unit, view, shape, self._inputs.damping).double())
 
     def _keep_averages(self) -> None:
         """Drops the moving averages of layers whose optimizer has a momentum by now; the others take in the step."""

@@ -11,26 +11,28 @@ from torch import Tensor, nn
 from hpc_kfac.distributed import Communicator
 from hpc_kfac.engine.plan import Problem
 from hpc_kfac.engine.state import LayerState
-from hpc_kfac.layers import CapturedLayer
+from hpc_kfac.layers import CapturedLayer, LayerShape
 from hpc_kfac.methods.method import Method
 from hpc_kfac.options.step_control import FixedNorm, StepControl
 
 
-def check_steers(method: Method, control: StepControl) -> None:
+def check_steers(method: Method, shapes: Mapping[str, LayerShape], control: StepControl) -> None:
     """Refuses the Levenberg-Marquardt rule where its ratio is not one of the step that is taken.
 
     Raises:
-        ValueError: a length rule, or a damping that is a share of the curvature.
+        ValueError: a length rule, or a method whose update does not come of a damped quadratic model.
     """
     if isinstance(control, FixedNorm):
         raise ValueError(
             f"damping is LevenbergMarquardt, whose ratio steers nothing while step_control {type(control).__name__}"
             " sets the length of every step; use step_control=None (none in a run file), TrustRegion() or KLClip()"
         )
-    if getattr(method, "relative_damping", False):
+    others = [name for name, shape in shapes.items() if not method.is_damped(shape)]
+    if others:
         raise ValueError(
-            "damping is LevenbergMarquardt, whose quadratic model has an absolute damping, but relative_damping is"
-            " True; use relative_damping=False"
+            f"damping is LevenbergMarquardt, but {type(method).__name__}'s update of layer {others[0]!r} is not"
+            " (F + damping)^-1 D, so that there is no quadratic model to compare with; use a number,"
+            " ScheduledDamping or AnnealedDamping, or a method such as KFAC or EKFAC"
         )
 
 
@@ -88,16 +90,13 @@ class ReductionRatio:
 
         Args:
             change: of this rank's mean loss.
-            damping: of the model.
+            damping: of the step just taken.
         """
         parts = dict.fromkeys(self._layers, 0.0)
         for name, (weights, gradient) in self._before.items():
-            layer, state = self._layers[name], self._states[name]
+            layer = self._layers[name]
             delta = layer.matrix([p.detach() for p in layer.parameters]).to(gradient.dtype) - weights
-            part = (delta * gradient).sum() + 0.5 * damping * delta.square().sum()
-            if state.running:
-                part += 0.5 * self._problem.method.quadratic(delta, state.view(), self._problem.shapes[name])
-            parts[name] = float(part)
+            parts[name] = float((delta * gradient).sum() + 0.5 * self._curved(name, delta, damping))
         others = sum(float(((weight - before) * slope).sum()) for weight, before, slope in self._others)
         self._before, self._others = {}, []
         self.due = False
@@ -108,3 +107,10 @@ class ReductionRatio:
         model = sum(totals[1:].tolist())
         # A step that the model expects to raise the loss, as momentum can make it, is no good whatever came of it.
         return totals[0].item() / model if model < 0 else math.nan
+
+    def _curved(self, name: str, delta: Tensor, damping: float) -> Tensor | float:
+        """<delta, (F + damping) delta>, as the update was damped; 0 for a plain gradient, before there is curvature."""
+        method, shape, view = self._problem.method, self._problem.shapes[name], self._states[name].view()
+        if any(spec.name not in view for spec in self._problem.specs[name]):
+            return 0.0
+        return method.quadratic(delta, view, shape) + method.damping_form(delta, view, shape, damping)

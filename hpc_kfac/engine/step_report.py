@@ -11,15 +11,16 @@ class LayerReport:
 
     Attributes:
         cosine: between preconditioned and raw gradient; 1 means that the preconditioner did nothing but scale.
-        curvature_share: <U, F U> / <U, D> with the method's undamped curvature F, as the layer's owner has it: the
-            share of the step's quadratic form that comes from curvature and not from damping; 0 is a no-op, also of a
-            method that has no curvature yet.
+        curvature_share: <U, F U> / <U, D> = <U, F U> / <U, (F + damping) U>, with curvature and damping as the layer's
+            owner has them: the share of the step's quadratic form that comes from curvature and not from damping, from
+            0, a no-op, also of a method that has no curvature yet, to 1. None for an update that is no
+            (F + damping)^-1 D, or is 0.
         update: norm of the update that the optimizer is given, before the learning rate, by that of the weights.
         staleness: most steps since the decomposition of a solved form of this layer began; 0 before there is one.
     """
 
     cosine: float
-    curvature_share: float
+    curvature_share: float | None
     update: float
     staleness: int
 

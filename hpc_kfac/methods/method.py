@@ -275,6 +275,27 @@ class Method(ABC):
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         """<delta, F delta> over all blocks, a scalar, with the method's undamped curvature F of the running tensors."""
 
+    def is_damped(self, shape: LayerShape) -> bool:
+        """Whether a layer's update is U = (F + damping)^-1 D with the F of `quadratic`, so that it has a damping form.
+
+        By default it is not, as where U is made with a power of F or is given another length.
+        """
+        return False
+
+    def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
+        """<delta, damping delta> over all blocks, a scalar: what `quadratic` lacks of <delta, (F + damping) delta>.
+
+        Of the damping as it was applied: a share of a mean curvature in the curvature's units, one that factors share
+        as it is between them, one that was raised in a refresh as it became. Only asked for where `is_damped`.
+
+        Args:
+            delta: [p, o, a].
+            state: the running and the solved tensors.
+            shape: of the layer.
+            damping: of this step; that of the last refresh counts where `refresh` takes it in.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def cost(self, shape: LayerShape) -> Cost:
         """Floating-point operations, from closed formulas."""

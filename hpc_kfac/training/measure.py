@@ -239,12 +239,14 @@ class Strength:
         cosine = {name: layer.cosine for name, layer in report.layers.items()}
         median = statistics.median(cosine.values())
         self.lowest = median if self.lowest is None else min(self.lowest, median)
+        told = {name: layer.curvature_share for name, layer in report.layers.items()}
+        shares = {name: short(value) for name, value in told.items() if value is not None}
         return {
             "kl_scale": report.kl_scale,
             "damping": report.damping,
             "cosine": median,
             "layer_cosine": {name: short(value) for name, value in cosine.items()},
-            "layer_curvature_share": {name: short(layer.curvature_share) for name, layer in report.layers.items()},
+            "layer_curvature_share": shares,
             "layer_update": {name: short(layer.update) for name, layer in report.layers.items()},
             "layer_staleness": {name: layer.staleness for name, layer in report.layers.items()},
         }

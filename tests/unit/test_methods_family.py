@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from hpc_kfac.methods.kronecker.kfac import KFAC
 from hpc_kfac.methods.kronecker.kpsvd import FLOOR, KPSVD
 from hpc_kfac.methods.kronecker.tkfac import TEKFAC, TKFAC
 from hpc_kfac.methods.method import Method, State
+from hpc_kfac.methods.moments.soap import SOAP
+from hpc_kfac.methods.moments.tnt import TNT
+from hpc_kfac.methods.rows.hylo import HyLo
 from hpc_kfac.methods.rows.sample_matrix import SampleMatrix
 from hpc_kfac.methods.rows.seng import SENG
 from hpc_kfac.methods.rows.skfac import SKFAC
@@ -52,24 +56,29 @@ def solve(matrix: Tensor, gradient: Tensor, damping: float) -> Tensor:
 
 
 def curvature(method: Method, state: State) -> Tensor:
-    """The dense F of `Method.quadratic`, by its values on basis vectors and their sums."""
+    """The dense F of `Method.quadratic`."""
+    return dense(lambda delta: method.quadratic(delta, state, SHAPE))
+
+
+def dense(form: Callable[[Tensor], Tensor]) -> Tensor:
+    """The matrix of a quadratic form, by its values on basis vectors and their sums."""
     n = SHAPE.outputs * SHAPE.inputs
-    dense = torch.zeros(SHAPE.blocks, n, n, dtype=torch.float64)
+    matrix = torch.zeros(SHAPE.blocks, n, n, dtype=torch.float64)
     unit = torch.zeros(SHAPE.blocks, n, dtype=torch.float64)
 
     def value(block: int, *places: int) -> Tensor:
         unit.zero_()
         for place in places:
             unit[block, place] += 1.0
-        return method.quadratic(unit.view(SHAPE.blocks, SHAPE.outputs, SHAPE.inputs), state, SHAPE)
+        return form(unit.view(SHAPE.blocks, SHAPE.outputs, SHAPE.inputs))
 
     for block in range(SHAPE.blocks):
         own = [value(block, i) for i in range(n)]
         for i in range(n):
             for j in range(i + 1):
-                dense[block, i, j] = dense[block, j, i] = (value(block, i, j) - own[i] - own[j]) / 2
-            dense[block, i, i] = own[i]
-    return dense
+                matrix[block, i, j] = matrix[block, j, i] = (value(block, i, j) - own[i] - own[j]) / 2
+            matrix[block, i, i] = own[i]
+    return matrix
 
 
 def best_products(matrix: Tensor, count: int) -> Tensor:
@@ -79,6 +88,41 @@ def best_products(matrix: Tensor, count: int) -> Tensor:
     u, s, vh = torch.linalg.svd(rearranged)
     near = (u[:, :count] * s[:count]) @ vh[:count]
     return near.view(o, o, a, a).permute(0, 2, 1, 3).reshape(o * a, o * a)
+
+
+# ---- the damping as it was applied
+
+DAMPED: list[Method] = [
+    *(KFAC(damping=DAMPING, solver="eigen", relative_damping=relative) for relative in (False, True)),
+    *(KFAC(damping=DAMPING, relative_damping=relative) for relative in (False, True)),
+    KFAC(damping=DAMPING, output_structure="identity", relative_damping=True),
+    KFAC(damping=DAMPING, input_structure="identity", output_structure="identity"),
+    *(kind(damping=DAMPING, relative_damping=r) for kind in (EKFAC, TEKFAC, TKFAC, SKFAC, SOAP) for r in (False, True)),
+    TKFAC(damping=DAMPING, solver="eigen", relative_damping=True),
+    TNT(damping=DAMPING, relative_damping=True),
+    KPSVD(damping=DAMPING, relative_damping=True),
+    *(kind(damping=DAMPING) for kind in (Eva, EvaF, SampleMatrix)),
+    SENG(damping=DAMPING, rows=16),
+    *(HyLo(damping=DAMPING, rows=4, select=select) for select in ("kid", "kis")),
+]
+
+
+@pytest.mark.parametrize("method", DAMPED, ids=lambda method: type(method).__name__)
+def test_damping_form_is_that_of_the_update(method: Method) -> None:
+    """(F + damping)^-1 D as a dense solve, at a step whose damping is another one than that of the refresh."""
+    batch = correlated_batch(2, 11, 1, 4, 5)
+    gradient = batch.gradient()
+    state: State = {}
+    for _ in range(2):
+        if method.reads == "gradients":
+            method.fold_gradient(state, state, gradient, SHAPE)
+        else:
+            method.fold(state, method.statistics(batch, state, SHAPE), method.decay)
+        state.update(method.refresh(state, SHAPE, DAMPING))
+    update = method.precondition(gradient, state, SHAPE, 3 * DAMPING)
+    damped = curvature(method, state) + dense(lambda delta: method.damping_form(delta, state, SHAPE, 3 * DAMPING))
+    assert method.is_damped(SHAPE)
+    close(solve(damped, gradient, 0.0), update)
 
 
 # ---- TKFAC, TEKFAC

@@ -243,6 +243,42 @@ def test_levenberg_marquardt_shrinks_where_the_model_is_exact() -> None:
     assert used == pytest.approx([1e-7, 1e-7, 0.81e-7, 0.81e-7, 0.81**2 * 1e-7])
 
 
+RELATIVE = {
+    "eigen": lambda damping: hk.KFAC(solver="eigen", damping=damping, relative_damping=True),
+    "cholesky": lambda damping: hk.KFAC(damping=damping, relative_damping=True),
+    "ekfac": lambda damping: hk.EKFAC(damping=damping, relative_damping=True),
+}
+
+
+@pytest.mark.parametrize("kind", RELATIVE)
+def test_levenberg_marquardt_with_a_relative_damping_knows_no_scale(kind: str) -> None:
+    """Whatever the loss is measured in, damping falls alike where the curvature is exact.
+
+    The loss then changes by <U, D> / 2 and half of what damping has of it, the model expects the former: a ratio of
+    2 - curvature share, which is 1 to rounding errors where the damping is small.
+    """
+    found, x, y = {}, normal(20, 4), normal(20, 3, seed=2)
+    for initial in (1e-12, 0.3):
+        for scale in (1e-4, 1.0, 1e4):
+            damping, model = Recorded(initial, interval=1, factor=0.5, minimum=1e-15), mlp(4, 3)
+            loss_kind = hk.SquaredError(weight=scale / 3)
+            preconditioner = preconditioner_of(model, fisher="exact", method=RELATIVE[kind](damping))
+            outputs = model(x)
+            preconditioner.observe(outputs, loss=loss_kind)
+            loss = scale * F.mse_loss(outputs, y)
+            loss.backward()
+            share = preconditioner.step(log=True).layers["0"].curvature_share
+            torch.optim.SGD(model.parameters(), lr=1.0).step()
+            preconditioner.adapt_damping(lambda: scale * F.mse_loss(model(x), y).item(), loss.item())  # noqa: B023
+            assert damping.current == initial / 2 and 0.0 <= share <= 1.0
+            assert damping.ratios == pytest.approx([2.0 - share], rel=1e-9)
+            found[initial, scale] = damping.ratios[0]
+    small = 4 * 1e-12 ** (0.5 if kind == "cholesky" else 1.0)  # factors get the root of it
+    assert [found[1e-12, scale] for scale in (1e-4, 1.0, 1e4)] == pytest.approx([1.0] * 3, rel=small)
+    assert found[0.3, 1.0] > 1.01
+    assert [found[0.3, scale] for scale in (1e-4, 1e4)] == pytest.approx([found[0.3, 1.0]] * 2, rel=1e-9)
+
+
 def test_levenberg_marquardt_counts_the_damping_term() -> None:
     """Predicted change: <delta, D> + (<delta, F delta> + damping |delta|^2) / 2, from weights before and after."""
     damping = Recorded(0.5, interval=1)

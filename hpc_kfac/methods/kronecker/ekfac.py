@@ -108,6 +108,13 @@ class EKFAC(Kronecker):
         rotated = self.to_basis(delta, state, shape)
         return (state["second_moment"].to(delta.dtype) * rotated.square()).sum()
 
+    def is_damped(self, shape: LayerShape) -> bool:
+        return True
+
+    def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
+        scale = self.spread_damping(damping, [state["second_moment"]], Workspace())
+        return (scale.to(delta.dtype) * delta.square()).sum()
+
     def cost(self, shape: LayerShape) -> Cost:
         """Flops: K-FAC's eigen solver, 2 a o more a row, 2 a^3 + 2 o^3 + 2 a o (a + o) more a refresh to re-base s."""
         products = self.product_flops(shape, rotations_only=True)

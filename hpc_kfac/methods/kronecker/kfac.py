@@ -81,6 +81,9 @@ class KFAC(Kronecker):
             ]
         else:
             specs += self.side_specs(shape, self._solved_name)
+            specs += [
+                StateSpec(f"{name}_damping", (shape.blocks,), "solved", part=name) for name, _, _ in self.sides(shape)
+            ]
         return tuple(specs)
 
     def parts(self, shape: LayerShape) -> tuple[str, ...]:
@@ -97,13 +100,14 @@ class KFAC(Kronecker):
             return self.decompose(state, shape, part)
         factors = self.factors(state, shape)
         dampings = self.split_damping(factors, shape, damping)
-        result = {}
+        result: State = {}
         for name, structure, _ in self.sides(shape):
             if part is not None and part != name:
                 continue
             solve = structure.inverse if self.power == 1.0 else structure.inverse_root
             with named_factor(name):
                 result[f"{name}_{self._solved_name}"] = solve(factors[name], dampings[name])
+            result[f"{name}_damping"] = factors[name].new_zeros(shape.blocks) + dampings[name]
         return result
 
     def split_damping(self, factors: State, shape: LayerShape, damping: float) -> dict[str, Tensor | float]:
@@ -154,6 +158,36 @@ class KFAC(Kronecker):
         work = Workspace()
         left = self.two_sided(delta, g_factor, None, shape, work)
         return (left * self.two_sided(delta, None, a_factor, shape, work)).sum()
+
+    def is_damped(self, shape: LayerShape) -> bool:
+        return self.power == 1.0
+
+    def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
+        """With damping I, or with what damped factors add: kron(G, b I) + kron(c I, A) + b c I."""
+        if not self.sides(shape):
+            return damping * delta.square().sum()
+        if self._exact:
+            values = [state[f"{name}_values"].unsqueeze(2) for name, _, _ in self.sides(shape)]
+            spread = self.spread_damping(damping, values, Workspace())
+            return (spread.to(delta.dtype) * delta.square()).sum()
+        factors = self.factors(state, shape)
+        a_damping, g_damping = (
+            0.0 if side is None else side.to(delta.dtype)[:, None, None]
+            for side in self._by_side(self._applied(factors, state, shape, damping), shape, "")
+        )
+        a_factor, g_factor = self._by_side(factors, shape, "")
+        work = Workspace()
+        left = a_damping * self.two_sided(delta, g_factor, None, shape, work)
+        right = g_damping * self.two_sided(delta, None, a_factor, shape, work)
+        return (delta * (left + right + a_damping * g_damping * delta)).sum()
+
+    def _applied(self, factors: State, state: State, shape: LayerShape, damping: float) -> State:
+        """The damping [p] of each factor in the last refresh; this step's where a state of version 0.1 tells none."""
+        found = {}
+        for name, now in self.split_damping(factors, shape, damping).items():
+            applied = state[f"{name}_damping"]
+            found[name] = torch.where(applied.isnan(), torch.as_tensor(now, dtype=applied.dtype), applied)
+        return found
 
     def cost(self, shape: LayerShape) -> Cost:
         """Flops of dense factors: statistics 2 (a^2 + o^2) for a row, eigh 9 n^3, Cholesky inverse n^3, root 11 n^3,

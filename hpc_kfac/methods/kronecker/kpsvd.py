@@ -158,6 +158,10 @@ class KPSVD(KFAC):
         grid.add_(work.number("one", 1.0, grid.dtype, grid.device)).clamp_(min=FLOOR)
         return self.divide_in_basis(gradient, grid, state, shape, work)
 
+    def is_damped(self, shape: LayerShape) -> bool:
+        """Not with two products, whose sum may be negative where a floor keeps it from the update."""
+        return not self._fitted(shape) or self.terms == 1
+
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         total = super().quadratic(delta, state, shape)
         if self._fitted(shape) and self.terms == 2:

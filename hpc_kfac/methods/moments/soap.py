@@ -66,6 +66,9 @@ class SOAP(Paired, GradientMoments, EKFAC):
         scale = self.spread_damping(damping, [root], work)
         return self.divide_in_basis(gradient, root.add_(scale), state, shape, work)
 
+    def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
+        return super().damping_form(delta, {"second_moment": state["second_moment"].sqrt()}, shape, damping)
+
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         rotated = self.to_basis(delta, state, shape)
         return (state["second_moment"].to(delta.dtype).sqrt() * rotated.square()).sum()

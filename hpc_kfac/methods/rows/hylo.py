@@ -108,10 +108,8 @@ class HyLo(SampleMatrix):
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         for name in ("X", "R", "coupling"):
             require_finite(state[name], name)
-        blocks = state["coupling"].split(self.rows, dim=1)
-        coupling = torch.stack([torch.block_diag(*(b[i] for b in blocks)) for i in range(shape.blocks)])
         # (C^-1 + K)^-1 of the coupling C, the paper's C - C (K^-1 + C)^-1 C, without an inverse of either.
-        values, basis = positive_eigh(coupling)
+        values, basis = positive_eigh(self._coupling(state))
         root = spectral(values.sqrt(), basis)
         outputs = self._by_terms(state)
         whitened, raised = woodbury_inverse(root @ row_kernel(state["X"], outputs) @ root, 1.0)
@@ -124,10 +122,16 @@ class HyLo(SampleMatrix):
         }
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
-        """Of the rows that were kept: of what they stand for with kis, and less with kid."""
-        ranks = state["coupling"].shape[1] // self.rows
+        """With damping V^T C V of the rows V and the coupling C, whose damped inverse makes the update."""
         outputs = self._by_terms(state)
-        return row_products(delta.to(outputs.dtype), state["X"], outputs, Workspace()).square().sum() / ranks
+        products = row_products(delta.to(outputs.dtype), state["X"], outputs, Workspace())
+        coupled = self._coupling(state).to(products.dtype) @ products
+        return (state["kernel_damping"].to(products.dtype) * (products * coupled).sum((1, 2))).sum()
+
+    def _coupling(self, state: State) -> Tensor:
+        """C [p, n, n] of the rows of all ranks: a block for each rank's own."""
+        blocks = state["coupling"].split(self.rows, dim=1)
+        return torch.stack([torch.block_diag(*(b[i] for b in blocks)) for i in range(len(state["coupling"]))])
 
     def _by_terms(self, state: State) -> Tensor:
         """R where each rank's F counts by its loss terms: the sum over rows is F times the number of ranks."""

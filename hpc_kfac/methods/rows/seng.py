@@ -143,6 +143,13 @@ class SENG(SampleRows):
             products = ((state["X"] @ delta.to(state["X"].dtype).mT) * state["R"]).sum(2, keepdim=True)
         return (products.square() * output_weights(state)).sum()
 
+    def is_damped(self, shape: LayerShape) -> bool:
+        """Also in a plane, where <U, D> = <U, (F + damping) U> too."""
+        return True
+
+    def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
+        return (state["kernel_damping"].to(delta.dtype) * delta.square().sum((1, 2))).sum()
+
     def cost(self, shape: LayerShape) -> Cost:
         """Flops for the rows of one rank, n: refresh 2 n^2 s + n^3 with s numbers of a sample, gradient 4 n a o
         + 2 n^2, and 2 n a o more in a plane."""

@@ -97,6 +97,16 @@ class SKFAC(SampleRows):
         rows = {name: matrix.to(delta.dtype) for name, matrix in _scaled(state).items()}
         return (rows["R"] @ delta @ rows["X"].mT).square().sum()
 
+    def is_damped(self, shape: LayerShape) -> bool:
+        return True
+
+    def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
+        """With what damped factors add: kron(G, b I) + kron(c I, A) + b c I."""
+        rows = {name: matrix.to(delta.dtype) for name, matrix in _scaled(state).items()}
+        b, c = (column[:, None] for column in state["dampings"].to(delta.dtype).unbind(1))
+        left, right = (rows["R"] @ delta).square().sum((1, 2)), (delta @ rows["X"].mT).square().sum((1, 2))
+        return (b[:, 0] * left + c[:, 0] * right + (b * c)[:, 0] * delta.square().sum((1, 2))).sum()
+
     def cost(self, shape: LayerShape) -> Cost:
         """Flops for the rows of one rank, n: refresh 2 n^2 (a + o) + 2 n^3, gradient 8 n a o + 2 n^2 (a + o)."""
         p, n, width = shape.blocks, self.rows, shape.inputs + shape.outputs

@@ -71,6 +71,12 @@ class Eva(Method):
         update = work.like("update", gradient)
         return torch.baddbmm(gradient, correction, a.mT, beta=1.0 / damping, alpha=-1.0 / damping, out=update)
 
+    def is_damped(self, shape: LayerShape) -> bool:
+        return True
+
+    def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
+        return damping * delta.square().sum()
+
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         work = Workspace()
         return _product(delta, *_vectors(state, delta.dtype, work), work).square().sum()
@@ -177,6 +183,9 @@ class EvaS(Eva):
             along = work.take(name, (shape.blocks, matrix.shape[1], 1), v.dtype, v.device)
             matrix.baddbmm_(torch.bmm(matrix, v, out=along).mul_(share), v.mT)
         return update
+
+    def is_damped(self, shape: LayerShape) -> bool:
+        return False
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         """With kron(v_G v_G^T, v_A v_A^T)^power."""
