@@ -127,6 +127,7 @@ def train(
     net: Callable[[], nn.Module] = Net,
     load_from: Path | None = None,
     save_to: Path | None = None,
+    numbered: bool = True,
 ) -> tuple[Tensor | None, hk.Preconditioner]:
     """Weights after some steps, None on a helper rank, and the preconditioner.
 
@@ -135,6 +136,7 @@ def train(
         carrier: carries factors and inverses instead of comm.
         load_from: a checkpoint to go on from.
         save_to: gets a checkpoint after the last step.
+        numbered: the samples' numbers are told.
     """
     torch.manual_seed(0)
     model = net().double()
@@ -165,7 +167,7 @@ def train(
         for part in torch.arange(len(x)).chunk(accumulation):
             outputs = model(x[part])
             weight = len(part) * ranks / BATCH
-            preconditioner.observe(outputs, loss_scale=weight, sample_index=index[part])
+            preconditioner.observe(outputs, loss_scale=weight, sample_index=index[part] if numbered else None)
             (nn.functional.cross_entropy(outputs, y[part]) * weight).backward()
         if isinstance(optimizer, hk.OwnerOptimizer):
             optimizer.synchronize()

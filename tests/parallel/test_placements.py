@@ -191,6 +191,24 @@ def test_rounded_payloads(comm, payload):
     assert sent < full.traffic["reduce"]
 
 
+@pytest.mark.ranks(2)
+def test_int8_keeps_a_singular_factor_positive(comm):
+    """Of few samples: rounding alone would leave eigenvalues far below zero."""
+    torch.manual_seed(0)
+    model = nn.Linear(40, 2)
+    preconditioner = hk.Preconditioner(
+        model, step_control=None, schedule=hk.Schedule(1, 1), precision=hk.Precision(payload=torch.int8), comm=comm
+    )
+    x = torch.randn(2, 40, generator=torch.Generator().manual_seed(comm.rank))
+    model(x).square().mean().backward()
+    average_gradients(model, comm)
+    preconditioner.step()
+    rows = torch.cat([torch.cat(comm.allgather(x)), torch.ones(4, 1)], dim=1).double()
+    exact, found = rows.T @ rows / 4, preconditioner.states[""].running["A"][0].double()
+    assert torch.linalg.eigvalsh(found).min() > 0
+    assert torch.linalg.matrix_norm(found - exact, 2) < 0.1 * torch.linalg.matrix_norm(exact, 2)
+
+
 @pytest.mark.ranks(2, 4)
 def test_bfloat16_reaches_owners(comm):
     start, _ = train(None, hk.KFAC(solver="eigen", damping=0.1), steps=0)

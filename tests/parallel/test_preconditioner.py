@@ -86,8 +86,11 @@ def test_two_runs_are_bitwise_equal_on_all_ranks(comm):
 @pytest.mark.ranks(2)
 def test_accumulation_equals_the_whole_batch(comm):
     whole, _ = train(None, hk.KFAC(solver="eigen", damping=0.1), fisher="sampled")
-    spread, _ = train(comm, hk.KFAC(solver="eigen", damping=0.1), fisher="sampled", accumulation=3)
-    torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9)
+    for numbered in (True, False):  # the ranks' samples take turns, as those that are not numbered are taken to do
+        spread, _ = train(
+            comm, hk.KFAC(solver="eigen", damping=0.1), fisher="sampled", accumulation=3, numbered=numbered
+        )
+        torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.ranks(2, 4)

@@ -136,21 +136,25 @@ def test_tkfac_keeps_the_trace_and_kfac_does_not() -> None:
         assert torch.allclose(found, trace) is exact
 
 
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("solver", ["cholesky", "eigen"])
-def test_tkfac_is_the_dense_solve(solver: str) -> None:
+def test_tkfac_is_the_dense_solve(solver: str, relative: bool) -> None:
+    """Relative: a share of delta / (o a), the mean eigenvalue of delta kron(Psi, Phi)."""
     batch = correlated_batch(2, 11, 2, 4, 5)
-    method = TKFAC(damping=DAMPING, solver=solver)
+    method = TKFAC(damping=DAMPING, solver=solver, relative_damping=relative)
     state = settled(method, batch)
     weights_g, weights_x = batch.g.square().sum(-1), batch.x.square().sum(-1)
     a = torch.einsum("pnt,pnta,pntb->pab", weights_g, batch.x, batch.x) / batch.count
     g = torch.einsum("pnt,pnto,pntq->poq", weights_x, batch.g, batch.g) / batch.count
     delta = (weights_g * weights_x).sum((1, 2), keepdim=True) / batch.count
     phi, psi = a / delta, g / delta
+    damping = DAMPING * (delta / 20 if relative else torch.ones_like(delta))
     if solver == "eigen":
-        expected = solve(delta * dense_kron(psi, phi), batch.gradient(), DAMPING)
+        product = delta * dense_kron(psi, phi) + damping * torch.eye(20, dtype=torch.float64)
+        expected = solve(product, batch.gradient(), 0.0)
     else:
-        left = delta.sqrt() * psi + DAMPING**0.5 * torch.eye(4, dtype=torch.float64)
-        right = delta.sqrt() * phi + DAMPING**0.5 * torch.eye(5, dtype=torch.float64)
+        left = delta.sqrt() * psi + damping.sqrt() * torch.eye(4, dtype=torch.float64)
+        right = delta.sqrt() * phi + damping.sqrt() * torch.eye(5, dtype=torch.float64)
         expected = torch.linalg.solve(left, batch.gradient()) @ torch.linalg.inv(right)
     close(method.precondition(batch.gradient(), state, SHAPE, DAMPING), expected)
 

@@ -63,6 +63,30 @@ def test_step_is_made_with_the_factors_of_the_last_refresh(solver: str) -> None:
             close(found.updates[name], expected)
 
 
+def test_running_factors_weigh_steps_by_what_they_took_in() -> None:
+    """decay^age (1 - decay) for each position or loss term; what the first step took in counts in full."""
+    model, decay = mlp(4, 3), 0.8
+    preconditioner = preconditioner_of(model, method=hk.KFAC(solver="eigen", damping=DAMPING, decay=decay))
+    sums: dict[str, Tensor | float] = dict.fromkeys(("A", "G", "uses", "terms"), 0.0)
+    for step, (samples, positions) in enumerate([(6, 2), (2, 5), (5, 3)]):
+        model.zero_grad()
+        sums = {name: decay * value for name, value in sums.items()}
+        x = normal(samples, positions, 4, seed=step)
+        outputs = model(x).mean(1)
+        labels = torch.arange(samples) % 3
+        preconditioner.observe(outputs)
+        F.cross_entropy(outputs, labels).backward()
+        preconditioner.step()
+        rows = F.pad(x.flatten(0, 1), (0, 1), value=1.0)
+        slopes = (outputs.softmax(1) - F.one_hot(labels, 3)).detach().div(positions).repeat_interleave(positions, 0)
+        share = 1 - decay if step else 1.0
+        fresh = {"A": rows.T @ rows, "G": slopes.T @ slopes, "uses": samples * positions, "terms": samples}
+        sums = {name: value + share * fresh[name] for name, value in sums.items()}
+    found = preconditioner.factors("0")
+    close(found["A"][0], sums["A"] / sums["uses"])
+    close(found["G"][0], sums["G"] / sums["terms"])
+
+
 # ---- how long a step may be
 
 

@@ -331,6 +331,37 @@ def test_levenberg_marquardt_follows_the_ratio():
     assert [s for s in range(6) if damping.due(s)] == [1, 3, 5]
 
 
+@pytest.mark.parametrize("ratio, change", [(0.76, 0.81), (0.74, 1.0), (0.26, 1.0), (0.24, 1 / 0.81)])
+def test_levenberg_marquardt_has_its_thresholds_at_quarters(ratio, change):
+    damping = LevenbergMarquardt(2.0, interval=2, factor=0.9)
+    damping.adjust(ratio)
+    assert damping.current == pytest.approx(2.0 * change)
+
+
+def test_levenberg_marquardt_stays_within_its_bounds():
+    damping, found = LevenbergMarquardt(1.0, interval=1, factor=0.5, minimum=0.4, maximum=1.5), []
+    for ratio in (1.0, 1.0, 0.0, 0.0):
+        damping.adjust(ratio)
+        found.append(damping.current)
+    assert found == pytest.approx([0.5, 0.4, 0.8, 1.5])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Damping(0.3), lambda: ScheduledDamping({0: 1.0, 4: 0.01}), lambda: AnnealedDamping(0.3)]
+)
+def test_what_is_raised_stays_so_and_outlives_a_restart(make):
+    damping, again, other = make(), make(), make()
+    future = [(2, 0.1), (3, 0.2), (9, 0.1)]
+    for one in (damping, other):
+        one.at(0, 0.1)
+        one.at(1, 0.4)
+    damping.raise_by(4.0)
+    again.load_state_dict(damping.state_dict())
+    expected = [4.0 * other.at(*step) for step in future]
+    assert [damping.at(*step) for step in future] == pytest.approx(expected)
+    assert [again.at(*step) for step in future] == pytest.approx(expected)
+
+
 def test_damping_state_is_restored():
     damping = LevenbergMarquardt(1.0)
     damping.adjust(0.0)
