@@ -26,13 +26,12 @@ import torch
 
 import hpc_kfac as hk
 from hpc_kfac.cluster.ranks import Ranks, join, keep_freed_memory, set_threads
-from hpc_kfac.planning.calibrate import measure_machine
+from hpc_kfac.planning.calibrate import batch_of, measure_machine, measure_phases
 from hpc_kfac.planning.candidates import gigabytes
 from hpc_kfac.planning.forecast import Case, Forecast, forecast
 from hpc_kfac.planning.machine import load
 from hpc_kfac.planning.memory import curvature_bytes
 from hpc_kfac.planning.model_costs import ModelCosts
-from hpc_kfac.planning.phases import batch_of, measure_phases
 from hpc_kfac.planning.run import Run, read_run
 from hpc_kfac.planning.simulate import COLLECTIVES
 from hpc_kfac.training.averaging import make_averaging

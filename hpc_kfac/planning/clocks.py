@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hpc_kfac.distributed.buffers import rounded
 from hpc_kfac.engine.execution import REDUCTIONS
 from hpc_kfac.engine.timing import Timeline
-from hpc_kfac.planning.buffers import Buffers
 
 POOLED = ("reduce", "scaled", "scatter", "broadcast", "share")
 """Collectives with a buffer out of the pool."""
@@ -231,3 +231,31 @@ def _end(begin: float, now: float, took: float, overlap: float) -> float:
     if overlap * (now - begin) >= took:
         return begin + (took / overlap if overlap else 0.0)
     return max(begin, now) + took - overlap * max(0.0, now - begin)
+
+
+class Buffers:
+    """Counts buffers that are lent and given back, class by class.
+
+    Args:
+        rank: whose they are.
+
+    Attributes:
+        allocated: bytes held, in use or free.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.allocated = 0
+        self._free: Counter[int] = Counter()
+
+    def take(self, nbytes: int) -> None:
+        """As of the pool."""
+        size = rounded(nbytes)
+        if self._free[size]:
+            self._free[size] -= 1
+        else:
+            self.allocated += size
+
+    def give_back(self, nbytes: int) -> None:
+        """As of the pool, by the size that was asked for."""
+        self._free[rounded(nbytes)] += 1

@@ -19,8 +19,7 @@ from hpc_kfac.engine.precision import Precision
 from hpc_kfac.methods.method import Method
 from hpc_kfac.options.schedule import RefreshTimes, Schedule
 from hpc_kfac.options.step_control import FixedNorm
-from hpc_kfac.planning.buffers import Buffers
-from hpc_kfac.planning.clocks import Conditions
+from hpc_kfac.planning.clocks import Buffers, Conditions
 from hpc_kfac.planning.machine import Machine
 from hpc_kfac.planning.memory import memory, total
 from hpc_kfac.planning.model_costs import ModelCosts

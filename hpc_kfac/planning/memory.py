@@ -9,8 +9,8 @@ import numpy as np
 
 from hpc_kfac.engine.placing import momentum_bytes
 from hpc_kfac.engine.plan import Problem
-from hpc_kfac.planning.gradients import owned_bytes
 from hpc_kfac.planning.model_costs import ModelCosts
+from hpc_kfac.planning.simulate import owned_bytes
 from hpc_kfac.planning.times import Settings
 
 ROLES = ("weights", "gradients", "optimizer", "factors", "solved", "momentum", "buffers", "workspace", "activations")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,9 +13,10 @@ from hpc_kfac.cluster.ranks import underscored
 from hpc_kfac.distributed import Kaisa
 from hpc_kfac.options.schedule import Schedule
 from hpc_kfac.planning.model_costs import ModelCosts, model_costs
-from hpc_kfac.planning.models import named
 from hpc_kfac.planning.times import Settings
-from hpc_kfac.tasks.outlines import Outline, outline
+from hpc_kfac.tasks.models_text import GPT, Bert
+from hpc_kfac.tasks.models_vision import imagenet_resnet
+from hpc_kfac.tasks.outlines import IMAGENET_CLASSES, Outline, outline
 from hpc_kfac.training import config
 from hpc_kfac.training.setup import make_optimizer
 from hpc_kfac.training.weights import freeze
@@ -78,3 +80,25 @@ def read_run(arguments: Sequence[str], model: str | None = None) -> Run:
     )
     found = named(model) if model is not None else outline(parts["task"])
     return Run(given, found, settings, parts["placement"](), parts["schedule"]())
+
+
+def named(name: str) -> Outline:
+    """A model by name.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in MODELS:
+        raise InputError(f"--model is {name!r}; choose one of {', '.join(MODELS)}, or name a task in a run file")
+    return MODELS[name]
+
+
+MODELS = {
+    entry.name: entry
+    for entry in (
+        Outline("resnet50", partial(imagenet_resnet, 50, IMAGENET_CLASSES), (3, 224, 224)),
+        Outline("bert_large", Bert, (512,), 30522),
+        # 48 blocks of 12 x 4096^2, and 50 257 tokens twice: 10.1e9 parameters.
+        Outline("gpt_10b", partial(GPT, 50257, 2048, 4096, 48, 32), (2048,), 50257),
+    )
+}
