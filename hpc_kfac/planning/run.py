@@ -78,7 +78,7 @@ def read_run(arguments: Sequence[str], model: str | None = None) -> Run:
         options.averaging,
         options.accumulation_steps,
     )
-    found = named(model) if model is not None else outline(parts["task"])
+    found = named(model) if model is not None else outline(parts["task"].name, parts["task"].settings, parts["task"])
     return Run(given, found, settings, parts["placement"](), parts["schedule"]())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.tasks import models_text, models_vision
-from hpc_kfac.tasks.tasks import small_model
-from hpc_kfac.training.config import Component
+from hpc_kfac.tasks.tasks import Task, small_model
 
 IMAGENET_CLASSES = 1000
 
@@ -48,16 +47,20 @@ class Outline:
         return torch.randn(shape, device=device)
 
 
-def outline(task: Component) -> Outline:
-    """Of the task that a run file names.
+def outline(name: str, settings: Mapping[str, Any], make: Callable[..., Task]) -> Outline:
+    """Of a task.
+
+    Args:
+        name: of the task.
+        settings: its settings.
+        make: builds it, from a seed.
 
     Raises:
         InputError: a task of the user's that cannot be built on the meta device.
     """
-    if task.name not in OUTLINES:
-        return _user(task)
-    found: Outline = OUTLINES[task.name](**task.settings)
-    return found
+    if name not in OUTLINES:
+        return _user(str(settings.get("function")), make)
+    return OUTLINES[name](**settings)
 
 
 def _small(name: str, model: str, channels: int, size: int) -> Outline:
@@ -113,24 +116,23 @@ def _images(model: str, size: int, **_: Any) -> Outline:
     return Outline(model, lambda: models_vision.imagenet_resnet(depth, IMAGENET_CLASSES), (3, size, size), note=note)
 
 
-def _user(task: Component) -> Outline:
+def _user(function: str, make_task: Callable[..., Task]) -> Outline:
     """Builds the whole task once, for the shape of its inputs."""
 
     def make() -> nn.Module:
-        model: nn.Module = task(seed=0).model
-        return model
+        return make_task(seed=0).model
 
-    inputs, _targets = task(seed=0).train.fetch(torch.tensor([0]))
+    inputs, _targets = make_task(seed=0).train.fetch(torch.tensor([0]))
     tokens = 0 if inputs.is_floating_point() else int(inputs.max()) + 1
     try:
         with torch.device("meta"):
             make()
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(
-            f"task {task.settings.get('function')} cannot be built on the meta device ({error}); give a function whose"
+            f"task {function} cannot be built on the meta device ({error}); give a function whose"
             " model is made of plain torch modules"
         ) from error
-    return Outline(str(task.settings.get("function")), make, tuple(inputs.shape[1:]), tokens)
+    return Outline(function, make, tuple(inputs.shape[1:]), tokens)
 
 
 OUTLINES: dict[str, Callable[..., Outline]] = {
