@@ -303,7 +303,8 @@ class Preconditioner:
             outputs: the model's outputs [N, ...].
             loss: the distribution that they stand for; CrossEntropy by default.
             count: number of terms that the mean loss runs over on this rank; by default the mask's, else the loss's.
-            mask: [N, ...] True where a position counts (padding, ignore_index).
+            mask: [N, ...] True where a position counts (padding, ignore_index), or flat. Layers that see the positions
+                flattened, time first, or pooled take it as their shape tells.
             loss_scale: the tensor on which backward() is called is loss_scale times the loss; the gradient scaler's
                 scale times one over the accumulation steps, for example.
             sample_index: [N] number of each sample in the whole batch over all ranks, so that sampled labels do not

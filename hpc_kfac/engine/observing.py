@@ -95,27 +95,48 @@ def _check_classes(outputs: Tensor, class_dim: int, sampled: bool, counted: bool
 
 
 def _check_mask(outputs: Tensor, mask: Any, loss: OutputDistribution, sampled: bool, count: Any) -> None:
-    """A mask has the outputs' leading dimensions, or all but that of the classes.
-
-    That of a flattened sequence [N, S] for outputs [N S, ...], or of inputs [N, S] with a `count`, is for layers alone.
-    """
+    """That of inputs [N, S] with a `count` is for layers alone."""
     if not isinstance(mask, Tensor):
         raise ValueError(f"mask is {_kind(mask)}; pass a tensor, True where a position counts")
-    has, wants = tuple(mask.shape), tuple(outputs.shape)
-    fits = bool(has) and has == wants[: len(has)]
-    if len(has) == len(wants) - 1:
-        fits |= has == wants[:1] + wants[2:]
-        if isinstance(loss, CrossEntropy) and -len(wants) <= loss.class_dim < len(wants):
-            kept = list(wants)
-            kept.pop(loss.class_dim)
-            fits |= has == tuple(kept)
-    if not sampled and len(has) > 1:
-        fits |= mask.numel() == wants[0] or (count is not None and has[0] == wants[0])
-    if not fits:
+    has, wants = list(mask.shape), list(outputs.shape)
+    inputs = not sampled and count is not None and len(has) > 1 and has[0] == wants[0]
+    if not inputs and aligned(mask, outputs, loss) is None:
         raise ValueError(
-            f"mask has the shape {list(has)}, which does not fit outputs {list(wants)}; give one entry for each"
-            f" position, such as {list(wants[:1])} for samples"
+            f"mask has the shape {has}, which does not fit outputs {wants}; give one entry for each"
+            f" position, such as {wants[:1]} for samples"
         )
+
+
+def aligned(mask: Tensor, outputs: Tensor, loss: OutputDistribution) -> Tensor | None:
+    """The mask with a dimension for each of the outputs' dimensions, 1 where it says nothing of; None if it cannot be.
+
+    A mask has the outputs' leading dimensions, or all but that of the classes, or as many entries as these have, flat
+    where they are not or the other way round.
+    """
+    wants = tuple(outputs.shape)
+    kept = [wants[:1]]  # dimensions that a mask may be of, of which the classes' is left out
+    axis = 1
+    if len(wants) > 1:
+        axis = loss.class_dim % len(wants) if isinstance(loss, CrossEntropy) else 1
+        kept.insert(0, wants[:axis] + wants[axis + 1 :])
+    for shape in kept:
+        if mask.shape == shape or (mask.numel() == math.prod(shape) and 1 in (mask.dim(), len(shape)) and mask.dim()):
+            found = mask.reshape(shape)
+            return found.unsqueeze(axis) if len(shape) == len(wants) - 1 else _trailing(found, len(wants))
+    return _trailing(mask, len(wants)) if mask.dim() and mask.shape == wants[: mask.dim()] else None
+
+
+def masked_terms(mask: Tensor | None, outputs: Tensor, loss: OutputDistribution) -> float:
+    """Loss terms: entries of the mask that count, and under cross-entropy all positions of a sample that does."""
+    if mask is None:
+        return loss.terms(outputs)
+    shaped = aligned(mask, outputs, loss) if isinstance(loss, CrossEntropy) else None
+    positions = 1.0 if shaped is None or shaped.shape == outputs.shape else loss.terms(outputs) / max(shaped.numel(), 1)
+    return float(mask.sum()) * positions
+
+
+def _trailing(mask: Tensor, dims: int) -> Tensor:
+    return mask[(..., *[None] * (dims - mask.dim()))]
 
 
 def _check_index(outputs: Tensor, index: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hpc_kfac.engine.micro_batches import Merged, StepTerms, fold
-from hpc_kfac.engine.observing import check_observed
+from hpc_kfac.engine.observing import aligned, check_observed, masked_terms
 from hpc_kfac.engine.state import LayerState
 from hpc_kfac.engine.timing import timed
 from hpc_kfac.guards.doubts import Doubts
@@ -133,7 +133,7 @@ class Collector:
                 "observe() was called after loss.backward(), which has taken the statistics already; call it between"
                 " forward pass and backward(): outputs = model(x); preconditioner.observe(outputs); loss.backward()"
             )
-        terms = float(count if count is not None else mask.sum().item() if mask is not None else loss.terms(outputs))
+        terms = float(masked_terms(mask, outputs, loss) if count is None else count)
         if terms > 0 and not loss_scale > 0:  # a micro-batch without a valid term has a share of 0
             raise ValueError(f"loss_scale is {loss_scale} with {terms:g} loss terms; give a positive number")
         self._forget_unfinished(outputs)
@@ -273,8 +273,9 @@ class Collector:
             seeds = loss.root(outputs.detach())
         else:
             seeds = loss.sample_gradient(outputs.detach(), self._label_source(outputs, sample_index))
-        if mask is not None:
-            seeds = seeds * _aligned(mask, seeds, outputs)
+        shaped = None if mask is None else aligned(mask, outputs, loss)
+        if shaped is not None:
+            seeds = seeds * shaped.to(seeds.dtype)
         edges = [edge for _, edge in pairs]
         gradients = torch.autograd.grad(
             outputs, edges, grad_outputs=seeds, retain_graph=True, allow_unused=True, is_grads_batched=exact
@@ -312,13 +313,3 @@ class Collector:
         merged = self._merged.setdefault(name, Merged())
         if not merged.add(self._method, batch, self._states[name], self._shapes[name]):
             self._overflown.add(name)  # as a gradient scaler meets it now and then
-
-
-def _aligned(mask: Tensor, seeds: Tensor, outputs: Tensor) -> Tensor:
-    """The mask of valid positions [N, ...] in a shape that multiplies derivatives ([K,] *outputs.shape)."""
-    extra = outputs.dim() - mask.dim()
-    if mask.shape == outputs.shape:
-        return mask.to(seeds.dtype)
-    # Class axis 1 as in cross-entropy of [N, C, ...], else trailing axes.
-    shaped = mask.unsqueeze(1) if extra == 1 and mask.shape[1:] == outputs.shape[2:] else mask[(..., *[None] * extra)]
-    return shaped.to(seeds.dtype)

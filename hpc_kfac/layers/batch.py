@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -100,8 +101,7 @@ class Reading:
     Attributes:
         scale: what the stored gradients are multiplied with to become gradients of the sum of the loss terms.
         draws: whether the gradients have a leading axis of draws (exact Fisher).
-        mask: True at the positions that count, or at the samples; applied where a layer's leading dimensions begin with
-            its shape.
+        mask: True at the positions that count, or at the samples; applied as `kept_positions` tells.
         reduce: weight sharing as ``reduce`` instead of ``expand`` (Eschenhagen et al. 2023).
         dtype: the dtype of the statistics.
         rows: the dtype of the rows that are multiplied into moments; None for the same.
@@ -115,11 +115,51 @@ class Reading:
     rows: torch.dtype | None = None
 
 
-def kept_positions(mask: Tensor | None, leading: Sequence[int]) -> Tensor | None:
-    """The mask at all positions of a layer with these leading dimensions; None where it does not apply."""
-    if mask is None or mask.dim() == 0 or mask.shape != tuple(leading)[: mask.dim()]:
+def kept_positions(mask: Tensor | None, leading: Sequence[int], gradient: Tensor) -> Tensor | None:
+    """The mask at all positions of a layer, bool; None where it does not apply, so that all count.
+
+    Applied by shape: dimensions that the layer's begin with, the same ones flattened or not, or the first two of them
+    exchanged (time first). A layer that has the samples of the mask but other positions, as after pooling, keeps the
+    samples of which any position counts. Where rows could be several of a sample, or one of several entries, they are
+    only left out if their gradients are zero, as those of what counts nowhere are.
+
+    Args:
+        mask: True where a position counts, samples first, or flat.
+        leading: the layer's dimensions before the features, samples first.
+        gradient: of its output [draws, *leading, ...].
+    """
+    if mask is None or mask.dim() == 0 or not leading:
         return None
-    return mask.view(*mask.shape, *[1] * (len(leading) - mask.dim())).expand(*leading)
+    mask, leading = mask != 0, tuple(leading)
+    found = _by_shape(mask, leading)
+    if found is None:
+        samples = mask if mask.dim() == 1 else mask.flatten(1).any(1)
+        found = samples if len(samples) == leading[0] else _by_gradient(samples, leading[0], gradient)
+    return None if found is None else found.view(*found.shape, *[1] * (len(leading) - found.dim())).expand(*leading)
+
+
+def _by_shape(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
+    """The mask in the layer's first dimensions, if they can be its own."""
+    if mask.shape == leading[: mask.dim()]:
+        return mask
+    if mask.dim() > 1 and (mask.shape[1], mask.shape[0], *mask.shape[2:]) == leading[: mask.dim()]:
+        return mask.transpose(0, 1)
+    for dims in range(1, len(leading) + 1):
+        flat = dims == 1 or mask.dim() == 1 or (mask.shape[0] == leading[0] and 2 in (dims, mask.dim()))
+        if flat and math.prod(leading[:dims]) == mask.numel():
+            return mask.reshape(leading[:dims])
+    return None
+
+
+def _by_gradient(samples: Tensor, rows: int, gradient: Tensor) -> Tensor | None:
+    """Which of so many rows of all samples, or samples of all entries, count: in one of the orders that are usual."""
+    count = len(samples)
+    orders: list[Tensor] = []
+    if count and rows > count and rows % count == 0:
+        orders = [samples.repeat_interleave(rows // count), samples.repeat(rows // count)]
+    elif rows and count % rows == 0:
+        orders = [samples.view(rows, -1).any(1), samples.view(-1, rows).any(0)]
+    return next((kept for kept in orders if not gradient[:, ~kept].any()), None)
 
 
 class LayerBatch(Protocol):

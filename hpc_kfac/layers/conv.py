@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_kfac.layers.batch import LayerShape, Reading, Use
+from hpc_kfac.layers.batch import LayerShape, Reading, Use, kept_positions
 from hpc_kfac.layers.layer import CapturedLayer
 from hpc_kfac.layers.patch_free import patch_free_moment
 from hpc_kfac.layers.patch_free_plan import patch_free_is_cheaper
@@ -39,17 +39,23 @@ class ConvBatch(PositionBatch):
     def part(self, x: Tensor, g: Tensor, mask: Tensor | None) -> Part:
         if x.dim() == len(self.kernel) + 1:
             x, g = x.unsqueeze(0), g.unsqueeze(1)
-        if mask is not None and mask.shape == x.shape[:1]:
-            x, g = x[mask], g[:, mask]
-        return Part(x, g, None, math.prod(g.shape[3:]))
+        positions = math.prod(g.shape[3:])
+        keep = kept_positions(mask, (len(x), *g.shape[3:]), g.movedim(2, -1))
+        if keep is not None:  # whole samples are dropped, so that what is faster without a mask has none
+            keep = keep.reshape(len(x), -1)
+            some = keep.any(1)
+            x, g, keep = x[some], g[:, some], keep[some]
+            keep = None if bool(keep.all()) else keep
+        return Part(x, g, keep, positions)
 
     def inputs(self, part: Part, which: slice | Tensor) -> Tensor:
-        return self.patches(self._padded(part.x[which]))
+        patches = self.patches(self._padded(part.x[which]))
+        return patches if part.keep is None else patches * part.keep[which].unsqueeze(-1)
 
     def gradients(self, part: Part, which: slice | Tensor) -> Tensor:
         g = part.g[:, which].to(self.dtype)
-        g = g.reshape(*g.shape[:2], self.shape.blocks, self.shape.outputs, part.positions)
-        return g.permute(2, 0, 1, 4, 3)
+        g = g.reshape(*g.shape[:2], self.shape.blocks, self.shape.outputs, part.positions).permute(2, 0, 1, 4, 3)
+        return g if part.keep is None else g * part.keep[which].unsqueeze(-1)
 
     def patches(self, padded: Tensor) -> Tensor:
         """Patches of a padded input as rows [p, n, T, a], a 1 appended where there is a bias."""
@@ -67,6 +73,8 @@ class ConvBatch(PositionBatch):
         return rows
 
     def input_gram(self, part: Part, structure: Structure) -> Tensor:
+        if part.keep is not None:
+            return super().input_gram(part, structure)
         if isinstance(structure, Dense):
             return self._dense(part)
         if isinstance(structure, Diagonal):
@@ -76,15 +84,20 @@ class ConvBatch(PositionBatch):
         return structure.from_dense(self._dense(part))
 
     def output_moment(self, structure: Structure) -> Tensor:
-        if self.reduce or not isinstance(structure, Dense):
+        masked = any(part.keep is not None for part in self._parts())
+        if masked or self.reduce or not isinstance(structure, Dense):
             return super().output_moment(structure)
         moments = [self._channel_moment(part.g.to(self.dtype).flatten(0, 1)) for part in self._parts()]
         return torch.stack(moments).sum(0) * (self.scale**2 / self.count)
 
     def input_sum(self, part: Part) -> Tensor:
+        if part.keep is not None:
+            return super().input_sum(part)
         return self.with_bias(self._window_sums(part.x.to(self.dtype)), part)
 
     def output_sum(self, part: Part) -> Tensor:
+        if part.keep is not None:
+            return super().output_sum(part)
         sums = part.g.sum((0, 1, *range(3, part.g.dim())), dtype=self.dtype)
         return sums.view(self.shape.blocks, self.shape.outputs)
 

@@ -34,7 +34,7 @@ class EmbeddingBatch:
                 self.samples += token.shape[0]
             gradient = use.gradient if reading.draws else use.gradient.unsqueeze(0)
             keep = torch.ones_like(token, dtype=torch.bool) if padding is None else token != padding
-            masked = kept_positions(reading.mask, token.shape)
+            masked = kept_positions(reading.mask, token.shape, gradient)
             keep = keep if masked is None else keep & masked
             sample = torch.arange(token.shape[0], device=token.device) + first_sample[group]
             sample = sample.view(-1, *[1] * (token.dim() - 1)).expand_as(token)

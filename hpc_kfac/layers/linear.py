@@ -15,7 +15,7 @@ class LinearBatch(PositionBatch):
     """x [N, T, a] and g [K, N, T, o]; the first leading dimension is the sample, the others are positions."""
 
     def part(self, x: Tensor, g: Tensor, mask: Tensor | None) -> Part:
-        keep = kept_positions(mask, x.shape[:-1])
+        keep = kept_positions(mask, x.shape[:-1], g)
         if x.dim() == 1:
             x, g = x.unsqueeze(0), g.unsqueeze(1)
         samples = x.shape[0]

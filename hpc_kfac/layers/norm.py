@@ -136,11 +136,12 @@ class ChannelNormLayer(NormLayer):
         dtype = torch.promote_types(reading.dtype, torch.float32)
         x = use.inputs.to(dtype).reshape(*use.inputs.shape[:2], -1)
         g = (use.gradient if reading.draws else use.gradient.unsqueeze(0)).to(dtype)
+        keep = kept_positions(reading.mask, (len(x), *g.shape[3:]), g.movedim(2, -1))
+        if keep is not None:
+            g = g * keep.unsqueeze(1)
         mean, factor = self.statistics(x, use)
         gamma, beta = zip(*(centred_products(draw.reshape(x.shape), x, mean) for draw in g), strict=True)
         rows = self._stack(torch.stack(gamma) * factor, torch.stack(beta))
-        if reading.mask is not None and reading.mask.shape == x.shape[:1]:
-            rows = rows * reading.mask.view(-1, 1, 1)
         return rows.to(reading.dtype)
 
     @abstractmethod
@@ -228,7 +229,7 @@ class LayerNormLayer(NormLayer):
         xhat = self.positions(self.normalised(use.inputs.to(reading.dtype), use), 0)
         g = self.positions(g, 1)
         leading = use.inputs.shape[: use.inputs.dim() - len(self.module.normalized_shape)]
-        keep = kept_positions(reading.mask, leading)
+        keep = kept_positions(reading.mask, leading, use.gradient if reading.draws else use.gradient.unsqueeze(0))
         if keep is not None:
             g = g * keep.reshape(xhat.shape[0], -1, 1)
         return self._stack((g * xhat).sum(2), g.sum(2))

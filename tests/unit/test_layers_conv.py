@@ -18,7 +18,8 @@ from hpc_kfac.layers import patch_free as patch_free_module
 from hpc_kfac.layers import positions as positions_module
 from hpc_kfac.layers.patch_free import patch_free_moment
 from hpc_kfac.layers.patch_free_plan import patch_free_is_cheaper
-from hpc_kfac.linalg.structure import Dense
+from hpc_kfac.linalg.spatial import SpatiallyUncorrelated
+from hpc_kfac.linalg.structure import Dense, Diagonal, Structure
 from unit.fake_batch import FakeBatch
 from unit.layer_oracle import (
     captured,
@@ -238,6 +239,39 @@ def test_mask_of_samples_drops_them() -> None:
     oracle = FakeBatch(conv_rows(module, x[mask], True), channel_rows((2 * output).detach()[mask]))
     torch.testing.assert_close(batch.input_moment(Dense()), oracle.input_moment(Dense()))
     torch.testing.assert_close(batch.output_moment(Dense()), oracle.output_moment(Dense()))
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("structure", [Dense(), Diagonal(), SpatiallyUncorrelated(9, True)], ids=str)
+def test_mask_of_pixels_drops_them(structure: Structure, flat: bool, reduce: bool) -> None:
+    """One entry for each pixel of the output; of another size, only samples without any are dropped."""
+    module = nn.Conv2d(2, 3, 3).double()
+    x = normal(4, 2, 5, 5)
+    kept = torch.rand(4, 3, 3, generator=torch.Generator().manual_seed(1)) > 0.5
+    kept[2] = False
+    capture = Capture(module, weight_sharing="reduce" if reduce else "expand", dtype=torch.float64)
+    rows = torch.nn.functional.pad(torch.nn.functional.unfold(x, 3).mT, (0, 1), value=1.0)
+    for mask in (kept.flatten() if flat else kept, torch.stack([kept, kept], 1)):
+        capture.armed = True
+        output = module(x)
+        output.square().sum().backward()
+        g = (2 * output).detach().flatten(2).mT
+        where = (kept if mask.shape != (4, 2, 3, 3) else kept.any(2).any(1)[:, None, None].expand(4, 3, 3)).flatten(1)
+        batch = take_all(capture, 3.0, 1.0, mask)[""]
+        if reduce:
+            used = where.any(1)
+            found = [(r[w].mean(0), d[w].sum(0)) for r, d, w in zip(rows, g, where, strict=True) if w.any()]
+            a, d = (torch.stack(some) for some in zip(*found, strict=True))
+            assert len(a) == used.sum()
+        else:
+            a, d = rows[where], g[where]
+        torch.testing.assert_close(batch.input_moment(structure), structure.gram(a[None]) / len(a))
+        torch.testing.assert_close(batch.output_moment(Dense())[0], d.T @ d / 3)
+        if not reduce:
+            mean_x, mean_g = batch.means()
+            torch.testing.assert_close(mean_x[0], a.mean(0))
+            torch.testing.assert_close(mean_g[0], d.sum(0) / 3)
 
 
 def test_unbatched_input_is_one_sample() -> None:

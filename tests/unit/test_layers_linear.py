@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from hpc_kfac.layers import Capture, Reading, Use
 from hpc_kfac.layers import positions as positions_module
@@ -119,16 +119,44 @@ def test_mask_drops_positions(reduce: bool) -> None:
     torch.testing.assert_close(batch.projected_square(qg, qa, Dense(), Dense())[0], squares)
 
 
-def test_mask_of_another_shape_is_ignored() -> None:
+KEPT = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
+SAMPLES, ROWS = KEPT.any(1), KEPT.unsqueeze(2).expand(3, 5, 2)
+MASKS: dict[str, tuple[Tensor, Tensor]] = {
+    "flat mask of a layer with positions": (KEPT.flatten(), KEPT),
+    "flattened layer": (KEPT, KEPT.flatten()),
+    "flat mask of a layer with further dimensions": (KEPT.flatten(), ROWS),
+    "flattened layer with further dimensions": (KEPT, ROWS.flatten(0, 1)),
+    "time first": (KEPT, KEPT.T),
+    "samples": (SAMPLES, SAMPLES[:, None].expand(3, 5)),
+    "samples of a flattened layer": (SAMPLES, SAMPLES.repeat_interleave(5)),
+    "samples of a stacked layer": (SAMPLES, SAMPLES.repeat(4)),
+    "after pooling": (KEPT, SAMPLES),
+    "flat mask after pooling": (KEPT.flatten(), SAMPLES),
+    "other positions": (KEPT, SAMPLES[:, None].expand(3, 7)),
+    "pixels as a sequence": (KEPT.view(3, 5, 1).expand(3, 5, 2), ROWS.flatten(1)),
+    "numbers": (KEPT.float(), KEPT),
+    "rows of their own": (KEPT, torch.ones(4, dtype=torch.bool)),
+    "positions that all samples share": (SAMPLES, torch.ones(6, dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_mask_by_the_shape_of_a_layer(case: str) -> None:
+    """What counts is what the mask says, or rows with gradients; what does not may have gradients where shapes tell."""
+    mask, kept = MASKS[case]
     module = nn.Linear(3, 2).double()
-    x = normal(4, 5, 3)
     capture = Capture(module, dtype=torch.float64)
-    results = []
-    for mask in (None, torch.zeros(4, 6, dtype=torch.bool)):
-        capture.armed = True
-        module(x).square().sum().backward()
-        results.append(take_all(capture, 4.0, 1.0, mask)[""].input_moment(Dense()))
-    torch.testing.assert_close(results[0], results[1])
+    capture.armed = True
+    x = normal(*kept.shape, 3)
+    told = "stacked" not in case and "samples of a" not in case and "flat mask after" not in case
+    weights = torch.ones_like(kept) if told else kept
+    outputs = module(x)
+    (outputs.square() * weights.unsqueeze(-1)).sum().backward()
+    batch = take_all(capture, 4.0, 1.0, mask)[""]
+    rows = torch.cat([x[kept], torch.ones_like(x[kept][:, :1])], 1)
+    g = (2 * outputs.detach())[kept]
+    torch.testing.assert_close(batch.input_moment(Dense())[0], rows.T @ rows / len(rows))
+    torch.testing.assert_close(batch.output_moment(Dense())[0], g.T @ g / 4)
 
 
 @pytest.mark.parametrize("positions", [1, 3])

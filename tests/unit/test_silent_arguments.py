@@ -85,7 +85,9 @@ X, LOSS = torch.zeros(16, 3), "pass hk.CrossEntropy(), hk.SquaredError() or hk.B
         ({"fisher": "sampled", "outputs": X}, "observe() was given outputs without a graph"),
         ({"fisher": "exact", "width": 1}, "CrossEntropy over 1 class has no curvature; pass loss=hk.SquaredError()"),
         ({"fisher": "sampled", "width": 1, "loss": hk.BinaryCrossEntropy()}, None),
-        ({"fisher": "sampled", "mask": torch.ones(8, 2)}, "mask has the shape [8, 2], which does not fit"),
+        ({"fisher": "sampled", "mask": torch.ones(8, 2)}, None),
+        ({"mask": torch.ones(16, 1)}, None),
+        ({"fisher": "sampled", "mask": torch.ones(8, 3)}, "mask has the shape [8, 3], which does not fit"),
     ],
 )
 def test_arguments_of_observe(given: dict[str, Any], told: str | None) -> None:
