@@ -396,7 +396,7 @@ class Executor:
         method, shape = self._problem.method, self._problem.shapes[name]
         if not method.is_damped(shape) or self._problem.assignment.owner[name] != self._comm.rank:
             return math.nan
-        if not ready or any(spec.name not in view for spec in self._problem.specs[name]):
+        if not ready or any(spec.needed and spec.name not in view for spec in self._problem.specs[name]):
             return 0.0
         unit = update / size_of(update)
         curved = method.quadratic(unit, view, shape).double()
@@ -428,7 +428,8 @@ class Executor:
         return all(
             spec.name in view
             for spec in self._problem.specs[name]
-            if spec.role == "solved" or spec.reduce_at == "statistics" or spec.reduce in ("gather", "none")
+            if spec.needed
+            and (spec.role == "solved" or spec.reduce_at == "statistics" or spec.reduce in ("gather", "none"))
         )
 
     def _agree(self) -> None:

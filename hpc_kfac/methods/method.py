@@ -39,6 +39,7 @@ class StateSpec:
         over: what a running mean is a mean over, and so what weighs it where micro-batches, ranks and steps are put
             together: "terms", all loss terms, also of samples that did not use the layer (sums over g divided by M), or
             "uses", the positions at which the layer was used (means of x).
+        needed: a layer without it is not preconditioned; not so for what older checkpoints lack.
     """
 
     name: str
@@ -53,6 +54,7 @@ class StateSpec:
     rank_axes: tuple[int, ...] = ()
     part: str = ""
     over: Over = "terms"
+    needed: bool = True
 
     def full_shape(self, ranks: int) -> tuple[int, ...]:
         """Shape when this many ranks have contributed."""

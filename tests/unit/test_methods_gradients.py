@@ -69,20 +69,110 @@ def test_shampoo_is_that_of_another_package() -> None:
 
 
 def test_soap_is_that_of_another_package() -> None:
-    """In the basis of the first gradient. That package starts s at 0 and corrects the bias, so ours is set to 0 too."""
+    """In the basis of the first gradient, which that package leaves out of s; so ours starts at nothing too."""
     given = gradients(6)
     expected = others(
         OtherSOAP, given, betas=(0.0, 0.9), eps=1e-8, precondition_frequency=1000, weight_decay=0.0, correct_bias=True
     )
-    method = SOAP(decay=0.9)
+    method = SOAP(decay=0.9, damping=1e-8)
     running: State = {}
     method.fold_gradient(running, {}, given[0], SHAPE)
     solved = method.refresh(running, SHAPE, 1e-8)
     running["second_moment"] = torch.zeros_like(solved.pop("second_moment"))
-    for step, (gradient, other) in enumerate(zip(given[1:], expected[1:], strict=True), start=1):
+    running["moment_count"].zero_()
+    for gradient, other in zip(given[1:], expected[1:], strict=True):
         method.fold_gradient(running, solved, gradient, SHAPE)
-        update = method.precondition(gradient, {**running, **solved}, SHAPE, 1e-8)
-        close(update * (1 - 0.9**step) ** 0.5, other, rtol=1e-6, atol=1e-6)
+        close(method.precondition(gradient, {**running, **solved}, SHAPE, 1e-8), other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "structures",
+    [("dense", "dense"), ("dense", "identity"), ("identity", "dense"), ("diagonal", "dense"), ("diagonal", "diagonal")],
+)
+def test_soaps_updates_are_adams_in_its_bases(structures: tuple[str, str]) -> None:
+    """From the first one on, in the bases of each refresh; s by its definition, weights as Adam's corrected ones."""
+    given = gradients(5, a=4)
+    shape, damping = LayerShape(1, 4, 4), 1e-3
+    method = SOAP(damping=damping, decay=0.8, input_structure=structures[0], output_structure=structures[1])
+    running: State = {}
+    solved: State = {}
+    eye = torch.eye(4, dtype=torch.float64)
+    moment, total = torch.zeros(4, 4, dtype=torch.float64), 0.0
+    old = (eye, eye)
+    factors = [torch.zeros(4, 4, dtype=torch.float64)] * 2
+    for step, gradient in enumerate(given):
+        d = gradient[0]
+        keep = 0.8 * (step > 0)
+        factors = [keep * f + (1 - keep) * x for f, x in zip(factors, (d.mT @ d, d @ d.mT), strict=True)]
+        square = (old[1].mT @ d @ old[0]).square()
+        method.fold_gradient(running, solved, gradient, shape)
+        if step % 2 == 0 and method.basis_specs(shape, "all"):
+            for name, tensor in method.refresh({**running, **solved}, shape, damping).items():
+                (running if name == "second_moment" else solved)[name] = tensor
+        new = [torch.linalg.eigh(f)[1] if s == "dense" else eye for f, s in zip(factors, structures, strict=True)]
+        if step % 2 == 0:
+            if step == 0:
+                square = (new[1].mT @ d @ new[0]).square()
+            moment, total = 0.8 * moment + 0.2 * square, 0.8 * total + 0.2
+            if step > 0:
+                moment = (new[1].mT @ old[1]).square() @ moment @ (new[0].mT @ old[0]).square().mT
+            old = (new[0], new[1])
+        else:
+            moment, total = 0.8 * moment + 0.2 * square, 0.8 * total + 0.2
+        rotated = old[1].mT @ d @ old[0]
+        expected = old[1] @ (rotated / ((moment / total).sqrt() + damping)) @ old[0].mT
+        close(method.precondition(gradient, {**running, **solved}, shape, damping)[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_soaps_first_update_evens_out_the_singular_values() -> None:
+    """s is the rotated gradient's square: U = W diag(v / (v + damping)) V^T for D = W diag(v) V^T."""
+    (gradient,) = gradients(1)
+    (update,) = run(SOAP(damping=0.2), [gradient], damping=0.2)
+    w, values, v = torch.linalg.svd(gradient, full_matrices=False)
+    close(update, w @ torch.diag_embed(values / (values + 0.2)) @ v)
+
+
+def test_soap_between_two_statistics_is_as_bounded_as_adam() -> None:
+    """A gradient that s does not count yet, in the eigenbasis of the first, beside whose diagonal s is zero."""
+    given = gradients(20)
+    method = SOAP(damping=1e-8, decay=0.9)
+    running: State = {}
+    method.fold_gradient(running, {}, given[0], SHAPE)
+    state = {**running, **method.refresh(running, SHAPE, 1e-8)}
+    for gradient in given[1:]:
+        rotated = state["G_basis"].mT @ method.precondition(gradient, state, SHAPE, 1e-8) @ state["A_basis"]
+        assert rotated.abs().max() <= 2**0.5 + 1e-6 and rotated.abs().min() > 0
+
+
+def test_soap_of_gradients_before_the_first_refresh_takes_the_latest() -> None:
+    """As after a refresh that failed."""
+    given = gradients(3)
+    method = SOAP(damping=1e-8, decay=0.9)
+    running: State = {}
+    for gradient in given:
+        method.fold_gradient(running, {}, gradient, SHAPE)
+    solved = method.refresh(running, SHAPE, 1e-8)
+    close(solved["second_moment"], (solved["G_basis"].mT @ given[-1] @ solved["A_basis"]).square())
+    assert running["moment_count"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_soaps_update_has_no_noise_where_the_gradient_is_zero(dtype: torch.dtype) -> None:
+    """A softmax's gradients sum to zero over the outputs; bases of either dtype leave rounding errors there."""
+    shape = LayerShape(1, 65, 10)
+    given = [(g - g.mean(1, keepdim=True)).float() for g in gradients(4, o=10, a=65)]
+    method = SOAP(damping=1e-12, decay=0.9)
+    running: State = {}
+    solved: State = {}
+    for gradient in given:
+        gradient = gradient * torch.logspace(0, -2, 65)
+        method.fold_gradient(running, solved, gradient, shape)
+        if not solved:
+            solved = method.refresh(running, shape, 1e-12)
+            running["second_moment"] = solved.pop("second_moment")
+            solved = {name: tensor.to(dtype) for name, tensor in solved.items()}
+        update = method.precondition(gradient, {**running, **solved}, shape, 1e-12)
+        assert update.sum(1).norm() / 10**0.5 < 0.05 * update.norm()
 
 
 def test_shampoo_of_one_side_takes_the_root() -> None:

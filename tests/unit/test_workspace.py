@@ -83,7 +83,8 @@ def prepared(method: Method) -> tuple[dict[str, CapturedLayer], dict[str, State]
     for name, layer in layers.items():
         for parameter in layer.parameters:
             parameter.grad = torch.randn_like(parameter)
-        specs = [spec for spec in method.state(layer.shape) if spec.role == "running" and not spec.rebased]
+        table = [spec for spec in method.state(layer.shape) if spec.role == "running"]
+        specs = [spec for spec in table if not spec.rebased or method.reads == "gradients"]
         states[name] = {spec.name: positive(spec.shape, spec.symmetric) for spec in specs}
         states[name].update(method.refresh(states[name], layer.shape, 0.1))
     return layers, states

@@ -67,7 +67,7 @@ class EKFAC(Kronecker):
 
     def collect(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
         fresh = super().statistics(batch, state, shape)
-        if "second_moment" in state or not self.sides(shape):  # without factors there is no basis to wait for
+        if self.has_bases(state, shape):
             if self.moments_of == "batch":
                 return {**fresh, "rotated": self.to_basis(batch.mean_gradient(), state, shape)}
             a_structure, g_structure = self.structures(shape)
@@ -84,16 +84,12 @@ class EKFAC(Kronecker):
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         solved = self.decompose(state, shape)
         a_values, g_values = (solved.pop(f"{name}_values", None) for name in ("A", "G"))
-        moment = self._rebase(state, solved, shape) if "second_moment" in state else eigenvalue_grid(a_values, g_values)
+        if "second_moment" in state and self.has_bases(state, shape):
+            moment = self.rebase(state["second_moment"], state, solved, shape)
+        else:
+            moment = eigenvalue_grid(a_values, g_values)
         solved["second_moment"] = moment.expand(shape.blocks, shape.outputs, shape.inputs).contiguous()
         return solved
-
-    def _rebase(self, old: State, new: State, shape: LayerShape) -> Tensor:
-        a_structure, g_structure = self.structures(shape)
-        bases = zip(self.bases(old, shape), self.bases(new, shape), strict=True)
-        a_change, g_change = (_squared_rotation(before, after) for before, after in bases)
-        moment = g_structure.unrotate_left(old["second_moment"].clone(), g_change)
-        return a_structure.unrotate_right(moment, a_change)
 
     def precondition(
         self, gradient: Tensor, state: State, shape: LayerShape, damping: float, work: Workspace | None = None
@@ -129,10 +125,3 @@ class EKFAC(Kronecker):
 def _full_precision(basis: Tensor | None) -> Tensor | None:
     """A basis kept in a 16-bit application dtype as float32; others as they are."""
     return basis if basis is None or basis.element_size() >= 4 else basis.float()
-
-
-def _squared_rotation(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """Elementwise square of Q_new^T Q_old; None where there is no basis."""
-    if old is None or new is None:
-        return None
-    return (new.mT @ old.to(new.dtype)).square()

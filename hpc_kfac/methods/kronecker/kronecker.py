@@ -66,6 +66,22 @@ class Kronecker(Factored):
             None if g_structure.basis_shape(1, shape.outputs) is None else state["G_basis"],
         )
 
+    def has_bases(self, state: State, shape: LayerShape) -> bool:
+        """Whether there is a basis of each side that is not diagonal already."""
+        sides = self.sides(shape)
+        return all(f"{name}_basis" in state for name, structure, d in sides if structure.basis_shape(1, d) is not None)
+
+    def rebase(self, moment: Tensor, old: State, new: State, shape: LayerShape) -> Tensor:
+        """A curvature's diagonal s [p, o, a] in new bases, if it was diagonal in the old ones.
+
+        (R_G o R_G) s (R_A o R_A)^T with R = Q_new^T Q_old of each side and the elementwise product o.
+        """
+        a_structure, g_structure = self.structures(shape)
+        bases = zip(self.bases(old, shape), self.bases(new, shape), strict=True)
+        a_change, g_change = (_squared_rotation(before, after) for before, after in bases)
+        turned = g_structure.unrotate_left(moment.clone(), g_change)
+        return a_structure.unrotate_right(turned, a_change)
+
     def two_sided(
         self, matrix: Tensor, left: Tensor | None, right: Tensor | None, shape: LayerShape, work: Workspace
     ) -> Tensor:
@@ -81,10 +97,8 @@ class Kronecker(Factored):
         self, matrix: Tensor, values: Tensor, state: State, shape: LayerShape, work: Workspace
     ) -> Tensor:
         """Q_G [(Q_G^T matrix Q_A) / values] Q_A^T, in the dtype of the matrix and in scratch."""
-        a_basis, g_basis = self.bases(state, shape)
-        rotated = work.cast("rotated", self.two_sided(matrix, _transposed(g_basis), a_basis, shape, work), matrix.dtype)
-        divided = torch.div(rotated, values, out=work.like("divided", matrix))
-        return work.cast("update", self.two_sided(divided, g_basis, _transposed(a_basis), shape, work), matrix.dtype)
+        rotated = self.to_basis(matrix, state, shape, work)
+        return self.from_basis(torch.div(rotated, values, out=work.like("divided", matrix)), state, shape, work)
 
     def spread_damping(self, damping: float, values: Sequence[Tensor], work: Workspace) -> Tensor:
         """The damping, or its share of the product of the mean values of each block, [p, m, n] -> [p or 1, 1, 1]."""
@@ -101,10 +115,16 @@ class Kronecker(Factored):
             spread.mul_(mean.add_(torch.logical_not(mean, out=zero)))  # as `mean_or_one`
         return spread
 
-    def to_basis(self, matrix: Tensor, state: State, shape: LayerShape) -> Tensor:
-        """Q_G^T matrix Q_A, in the dtype of the matrix."""
+    def to_basis(self, matrix: Tensor, state: State, shape: LayerShape, work: Workspace | None = None) -> Tensor:
+        """Q_G^T matrix Q_A, in the dtype of the matrix; in scratch, or the matrix itself."""
+        work = Workspace() if work is None else work
         a_basis, g_basis = self.bases(state, shape)
-        return self.two_sided(matrix, _transposed(g_basis), a_basis, shape, Workspace()).to(matrix.dtype)
+        return work.cast("rotated", self.two_sided(matrix, _transposed(g_basis), a_basis, shape, work), matrix.dtype)
+
+    def from_basis(self, rotated: Tensor, state: State, shape: LayerShape, work: Workspace) -> Tensor:
+        """Q_G rotated Q_A^T, as `to_basis`."""
+        a_basis, g_basis = self.bases(state, shape)
+        return work.cast("update", self.two_sided(rotated, g_basis, _transposed(a_basis), shape, work), rotated.dtype)
 
 
 def eigenvalue_grid(a_values: Tensor | None, g_values: Tensor | None) -> Tensor:
@@ -124,3 +144,10 @@ def mean_or_one(mean: Tensor) -> Tensor:
 
 def _transposed(basis: Tensor | None) -> Tensor | None:
     return None if basis is None else basis.mT
+
+
+def _squared_rotation(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """Elementwise square of Q_new^T Q_old; None where there is no basis."""
+    if old is None or new is None:
+        return None
+    return (new.mT @ old.to(new.dtype)).square()
