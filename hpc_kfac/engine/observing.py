@@ -53,6 +53,10 @@ def check_observed(
         _check_classes(outputs, loss.class_dim, sampled, count is None and mask is None)
     if mask is not None:
         _check_mask(outputs, mask, loss, sampled, count)
+        if isinstance(loss, CrossEntropy) and loss.targets is not None:
+            raise ValueError(
+                "mask is given beside the targets of CrossEntropy; mark what does not count by ignore_index in targets"
+            )
     if sample_index is not None:
         _check_index(outputs, sample_index)
     if sampled and not outputs.requires_grad:

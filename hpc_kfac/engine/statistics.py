@@ -134,6 +134,7 @@ class Collector:
                 " forward pass and backward(): outputs = model(x); preconditioner.observe(outputs); loss.backward()"
             )
         terms = float(masked_terms(mask, outputs, loss) if count is None else count)
+        mask = loss.mask(outputs) if mask is None else mask
         if terms > 0 and not loss_scale > 0:  # a micro-batch without a valid term has a share of 0
             raise ValueError(f"loss_scale is {loss_scale} with {terms:g} loss terms; give a positive number")
         self._forget_unfinished(outputs)
