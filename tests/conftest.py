@@ -8,7 +8,7 @@ from hypothesis import settings
 pytest_plugins = ["mpi_plugin"]
 
 # Every rank must draw the same examples, and a shared machine makes deadlines meaningless.
-settings.register_profile("hpc_kfac", derandomize=True, deadline=None, database=None)
+settings.register_profile("hpc_kfac", derandomize=True, deadline=None, database=None, max_examples=50)
 settings.load_profile("hpc_kfac")
 
 

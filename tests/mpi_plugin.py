@@ -2,12 +2,14 @@
 
 Outside MPI the tests of one file and one rank count share one `mpirun -n N python -m mpi4py -m pytest FILE` (importing
 torch is slow). Inside, every rank writes what pytest reports to a file of its own, and the outer pytest retells it test
-by test. A rank whose test fails reports and aborts the job, so that no other rank waits for it; the tests after it
-are launched afresh, a few times. A job whose time is up has its ranks' stacks dumped and is killed.
+by test. A rank whose test fails reports and aborts the job, so that no other rank waits for it; the tests after it are
+launched afresh, a few times for each file. Where a test's time is up the stacks of all ranks are dumped and the job is
+killed; the rest of its file is then given up.
 """
 
 from __future__ import annotations
 
+import collections
 import faulthandler
 import functools
 import json
@@ -26,8 +28,8 @@ from _pytest._io import TerminalWriter
 
 import support
 
-DEFAULT_TIMEOUT = 120.0
-MAX_LAUNCHES = 4  # of one file and rank count: each failing test costs one
+DEFAULT_TIMEOUT = 120.0  # seconds for a test, and for the start of a job
+MAX_FAILURES = 4  # of one file and rank count: each costs a launch
 TAIL = 6000  # characters of the job's output that a report shows
 
 
@@ -58,13 +60,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     jobs: dict[tuple[Path, int], Job] = {}
     for i, item in enumerate(items):
         ranks = rank_count(item)
-        if ranks is None:
-            continue
-        job = jobs.setdefault((item.path, ranks), Job(config, item.path, ranks))
-        job.nodeids.append(item.nodeid)
-        marker = item.get_closest_marker("ranks")
-        job.timeout = max(job.timeout, marker.kwargs.get("timeout", DEFAULT_TIMEOUT))
-        items[i] = RankItem.from_parent(item.parent, name=item.name, original=item, job=job)
+        if ranks is not None:
+            job = jobs.setdefault((item.path, ranks), Job(config, ranks))
+            job.tests[item.nodeid] = item.get_closest_marker("ranks").kwargs.get("timeout", DEFAULT_TIMEOUT)
+            items[i] = RankItem.from_parent(item.parent, name=item.name, original=item, job=job)
 
 
 # ---- outside MPI
@@ -79,44 +78,48 @@ class Outcome:
     duration: float = 0.0
 
 
+def file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
 @dataclass
 class Job:
-    """The tests of one file that run with one rank count."""
+    """The tests that run with one rank count: by node id each one's time limit in seconds."""
 
     config: pytest.Config
-    path: Path
     ranks: int
-    nodeids: list[str] = field(default_factory=list)
-    timeout: float = 0.0  # seconds; the longest that one of the tests asks for
+    tests: dict[str, float] = field(default_factory=dict)
 
     @functools.cached_property
     def outcomes(self) -> dict[str, Outcome]:
         """Runs the tests the first time it is asked for."""
         outcomes: dict[str, Outcome] = {}
-        for _ in range(MAX_LAUNCHES):
-            waiting = [n for n in self.nodeids if n not in outcomes]
-            if not waiting:
-                break
+        failures: collections.Counter[str] = collections.Counter()
+        waiting = list(self.tests)
+        while waiting:
             found, timed_out = self._launch(waiting)
+            for nodeid, outcome in found.items():
+                if outcome.outcome == "failed":
+                    failures[file_of(nodeid)] += MAX_FAILURES if timed_out else 1
             outcomes.update(found)
-            if timed_out:
-                break
-        for nodeid in self.nodeids:
+            waiting = [n for n in waiting if n not in outcomes and failures[file_of(n)] < MAX_FAILURES]
+        for nodeid in self.tests:
             outcomes.setdefault(nodeid, Outcome("failed", "not reached: the job ended before this test, see above"))
         return outcomes
 
     def _launch(self, nodeids: list[str]) -> tuple[dict[str, Outcome], bool]:
         with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
             reports = Path(folder)
-            # Stacks are dumped a little before the job is killed.
-            limits = {"deadline": time.time() + self.timeout * 0.9, "nodeids": nodeids, "ranks": self.ranks}
-            (reports / "job.json").write_text(json.dumps(limits))
+            limits = {nodeid: self.tests[nodeid] for nodeid in nodeids}
+            (reports / "job.json").write_text(json.dumps({"ranks": self.ranks, "tests": limits}))
             command = [support.mpirun(), "-n", str(self.ranks), sys.executable, "-m", "mpi4py", "-m", "pytest"]
             command += ["-q", "--no-header", "--no-summary", "-p", "no:timeout", "-p", "no:cacheprovider"]
-            command += ["--tb", self.config.option.tbstyle]
+            command += ["-p", "no:xdist", "--tb", self.config.option.tbstyle]
             command += ["--rootdir", str(self.config.rootpath), "-c", str(self.config.inipath or "/dev/null")]
+            command += [str(self.config.rootpath / file) for file in dict.fromkeys(map(file_of, nodeids))]
             env = {**support.launch_environment(), support.RANK_REPORTS: folder}
-            result = support.run([*command, str(self.path)], self.timeout, env, self.config.invocation_params.dir)
+            progress = Progress(reports, self.ranks, limits)
+            result = support.run(command, progress.overdue, env, self.config.invocation_params.dir)
             logs = [RankLog.read(reports, r) for r in range(self.ranks)]
             return self._judge(nodeids, logs, result), result.timed_out
 
@@ -143,7 +146,7 @@ class Job:
     def _explain(self, nodeid: str, logs: list[RankLog], result: support.Result) -> str:
         """For a test that some rank began, or should have, and never finished."""
         if result.timed_out:
-            lines = [f"hang: the job of {self.ranks} ranks was killed when its time was up ({self.timeout:g} s)"]
+            lines = [f"hang: the job of {self.ranks} ranks was killed, its time was up ({self.tests[nodeid]:g} s)"]
         else:
             lines = [f"the job of {self.ranks} ranks ended (mpirun's exit status {result.rc}) before all had finished"]
         for log in logs:
@@ -152,6 +155,26 @@ class Job:
         lines += [f"---- stacks of rank {log.rank} ----\n{log.stacks}" for log in logs if log.stacks]
         lines.append(f"---- the job's output ----\n{result.output[-TAIL:]}")
         return "\n".join(lines)
+
+
+@dataclass
+class Progress:
+    """Watches the files of a job's ranks: one of them must write within the time of the test that is under way."""
+
+    folder: Path
+    ranks: int
+    tests: dict[str, float]
+    started: float = field(default_factory=time.time)
+
+    def overdue(self) -> bool:
+        """Whether all ranks have been silent for longer than the test may take that the last of them is in."""
+        files = [self.folder / f"rank{rank}.jsonl" for rank in range(self.ranks)]
+        silent = time.time() - max([self.started, *(file.stat().st_mtime for file in files if file.exists())])
+        if silent <= min(self.tests.values()):
+            return False
+        last = min((RankLog.read(self.folder, rank) for rank in range(self.ranks)), key=lambda log: len(log.done))
+        between = max(DEFAULT_TIMEOUT, *self.tests.values())  # the job starts, or ends
+        return silent > self.tests.get(last.running, between)
 
 
 @dataclass
@@ -212,10 +235,12 @@ class RankItem(pytest.Item):
         self.original, self.job = original, job
         self.own_markers = original.own_markers
         self.keywords.update(original.keywords)
-        # The job has its own limit; it may run at the first of its tests, and be launched several times.
+        # The job has its own limits; all of it runs at the first of its tests.
         self.add_marker(pytest.mark.timeout(0))
 
     def runtest(self) -> None:
+        if hasattr(self.config, "workerinput"):
+            raise RankFailure("tests on ranks have the machine to themselves: run them without -n (of pytest-xdist)")
         outcome = self.job.outcomes[self.nodeid]
         if outcome.outcome == "skipped":
             pytest.skip(outcome.text)
@@ -232,7 +257,7 @@ class RankItem(pytest.Item):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
-    if isinstance(item, RankItem) and call.when == "call":
+    if isinstance(item, RankItem) and call.when == "call" and item.nodeid in item.job.__dict__.get("outcomes", {}):
         report.duration = item.job.outcomes[item.nodeid].duration
     return report
 
@@ -247,30 +272,42 @@ class RankReporter:
         from mpi4py import MPI
 
         self.comm, self.config = MPI.COMM_WORLD, config
+        if self.comm.rank > 0 and "coverage" in sys.modules:  # which may double a test's time: one rank shows enough
+            measuring = sys.modules["coverage"].Coverage.current()
+            if measuring is not None:
+                measuring.stop()
         job = json.loads((folder / "job.json").read_text())
         if job["ranks"] != self.comm.size:
             raise pytest.UsageError(f"mpirun -n {job['ranks']} made {self.comm.size} rank(s): not this MPI's mpirun")
-        self.nodeids = job["nodeids"]
+        self.tests: dict[str, float] = job["tests"]
         self.file = (folder / f"rank{self.comm.rank}.jsonl").open("w")
         self.stacks = (folder / f"rank{self.comm.rank}.stacks").open("w")
-        faulthandler.dump_traceback_later(max(0.1, job["deadline"] - time.time()), file=self.stacks)
+        self.dump_stacks_in(DEFAULT_TIMEOUT)
         self.durations: dict[str, float] = {}
 
     def write(self, kind: str, nodeid: str, **content: Any) -> None:
         self.file.write(json.dumps({"kind": kind, "nodeid": nodeid, "time": time.time(), **content}) + "\n")
         self.file.flush()
 
+    def dump_stacks_in(self, limit: float) -> None:
+        """A little before the job is killed; what an earlier, slow test left is dropped."""
+        self.stacks.seek(0)
+        self.stacks.truncate()
+        faulthandler.dump_traceback_later(0.9 * limit, file=self.stacks)
+
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        wanted = set(self.nodeids)
-        items[:] = [item for item in items if item.nodeid in wanted]
+        place = {nodeid: i for i, nodeid in enumerate(self.tests)}
+        items[:] = sorted((item for item in items if item.nodeid in place), key=lambda item: place[item.nodeid])
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self.fail(self.nodeids[0], f"could not be imported:\n{report.longreprtext}", 0.0)
+            nodeid = next((n for n in self.tests if file_of(n) == file_of(report.nodeid)), next(iter(self.tests)))
+            self.fail(nodeid, f"could not be imported:\n{report.longreprtext}", 0.0)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.write("start", nodeid)
+        self.dump_stacks_in(self.tests[nodeid])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.durations[report.nodeid] = self.durations.get(report.nodeid, 0.0) + report.duration
@@ -288,6 +325,13 @@ class RankReporter:
         self.write("failed", nodeid, text=text, duration=duration)
         sys.stdout.flush()
         self.comm.Abort(1)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+        """Horovod's thread, which looks for work a thousand times a second, ends with the file that started it."""
+        horovod = sys.modules.get("horovod.torch")
+        if horovod is not None and horovod.is_initialized() and (nextitem is None or nextitem.path != item.path):
+            horovod.shutdown()
 
     def pytest_sessionfinish(self) -> None:
         faulthandler.cancel_dump_traceback_later()

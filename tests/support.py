@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def launch_environment() -> dict[str, str]:
 def run_mpi(
     program: str | Path | Sequence[str],
     ranks: int = 2,
-    timeout: float = 60,
+    timeout: float | Callable[[], bool] = 60,
     env: dict[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Result:
@@ -71,7 +71,7 @@ def run_mpi(
     Args:
         program: a script's path, or Python's arguments, e.g. ["-m", "hpc_kfac", "train", "x.yaml"].
         ranks: how many ranks.
-        timeout: seconds.
+        timeout: seconds, or says whether its time is up.
         env: further environment variables.
         cwd: working directory (default: the repository).
     """
@@ -80,8 +80,8 @@ def run_mpi(
     return run(command, timeout, {**launch_environment(), **(env or {})}, cwd or ROOT)
 
 
-def run(command: list[str], timeout: float, env: dict[str, str], cwd: Path) -> Result:
-    """Runs a command; when its time is up it is killed with all its descendants.
+def run(command: list[str], timeout: float | Callable[[], bool], env: dict[str, str], cwd: Path) -> Result:
+    """Runs a command; when its time is up (in seconds, or as a function says) it is killed with all its descendants.
 
     It gets a folder of its own for temporary files: what a killed mpirun leaves keeps a later one with the same process
     number from starting.
@@ -90,19 +90,23 @@ def run(command: list[str], timeout: float, env: dict[str, str], cwd: Path) -> R
         return _run(command, timeout, env | {"TMPDIR": folder}, cwd)
 
 
-def _run(command: list[str], timeout: float, env: dict[str, str], cwd: Path) -> Result:
+def _run(command: list[str], timeout: float | Callable[[], bool], env: dict[str, str], cwd: Path) -> Result:
     start = time.monotonic()
     process = subprocess.Popen(
         command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, errors="replace",
     )  # fmt: skip
+    overdue = timeout if callable(timeout) else lambda: time.monotonic() - start > timeout
+    timed_out = False
     try:
-        stdout, stderr = process.communicate(timeout=timeout)
-        timed_out = False
-    except subprocess.TimeoutExpired:
-        kill_tree(process.pid)
-        stdout, stderr = process.communicate()
-        timed_out = True
+        while True:
+            try:
+                stdout, stderr = process.communicate(timeout=0.2)
+                break
+            except subprocess.TimeoutExpired:
+                if not timed_out and overdue():
+                    timed_out = True
+                    kill_tree(process.pid)
     except BaseException:  # Ctrl-C: leave no ranks behind
         kill_tree(process.pid)
         raise

@@ -64,6 +64,15 @@ KILLS = {
         ("file synced", 1), ("backward", 1), ("manifest synced", 0), ("pruning", 0), ("done", 0),
     ],
 }  # fmt: skip
+# Every stage once; the whole chains are `long`.
+FEW = {
+    ASYNCHRONOUS: [
+        ("file half written", 1), ("copy", 0), ("loading", 1), ("manifest opened", 0), ("pruning", 0), ("done", 0),
+    ],
+    OWNERS: [("manifest half written", 0), ("file opened", 1), ("restored", 1), ("forward", 1), ("replacing", 0)],
+    THREE: [("renamed", 0), ("file synced", 1), ("backward", 1), ("manifest synced", 0)],
+}  # fmt: skip
+NAMES = {ASYNCHRONOUS: "asynchronous", OWNERS: "owners", THREE: "three"}
 STEPPING = ("forward", "backward")
 AT_START = ("loading", "restored")
 AT_END = ("replacing", "done")
@@ -180,13 +189,25 @@ def check_remains(stage: str, sets: Path) -> None:
         assert any(path.stat().st_size > 0 for path in place.iterdir())
 
 
+def chains(kills: dict[Configuration, list[tuple[str, int]]], prefix: str, *marks: Any) -> list[Any]:
+    return [pytest.param(c, kills[c], id=prefix + name, marks=marks) for c, name in NAMES.items()]
+
+
+def test_every_stage_is_among_the_few() -> None:
+    few, all_of_them = ({stage for each in kills.values() for stage, _ in each} for kills in (FEW, KILLS))
+    assert few == all_of_them
+
+
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("configuration", KILLS, ids=["asynchronous", "owners", "three"])
+@pytest.mark.parametrize("configuration, kills", chains(FEW, "") + chains(KILLS, "long-", pytest.mark.long))
 def test_killed_runs_end_with_the_same_bits(
-    tmp_path: Path, configuration: Configuration, undisturbed: dict[Configuration, dict[str, Any]]
+    tmp_path: Path,
+    configuration: Configuration,
+    kills: list[tuple[str, int]],
+    undisturbed: dict[Configuration, dict[str, Any]],
 ) -> None:
     chain = Chain(tmp_path / "chain", configuration)
-    for moment in moments(KILLS[configuration]):
+    for moment in moments(kills):
         synchronous = ["--checkpoint.asynchronous=false"] if moment["stage"] in AT_END else []
         result = chain.start(moment, *synchronous)
         assert result.rc not in (0, 1, 2, INTERRUPTED), (moment, result.output)
@@ -200,12 +221,13 @@ def test_killed_runs_end_with_the_same_bits(
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_interrupted_runs_end_with_the_same_bits(
-    tmp_path: Path, undisturbed: dict[Configuration, dict[str, Any]]
+    tmp_path: Path, times: int, undisturbed: dict[Configuration, dict[str, Any]]
 ) -> None:
     chain = Chain(tmp_path / "chain", ASYNCHRONOUS)
     draw = random.Random(5)
-    kinds = ["SIGTERM", "SIGUSR2"] * 4
+    kinds = ["SIGTERM", "SIGUSR2"] * times
     draw.shuffle(kinds)
     for kind in kinds:
         moment = {"stage": draw.choice(STEPPING), "rank": draw.randint(0, 1), "saves": 0, "call": draw.randint(2, 50)}

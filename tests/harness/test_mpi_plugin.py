@@ -8,8 +8,12 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import pytest
+
+import mpi_plugin
 import support
 
+pytestmark = pytest.mark.timeout(300)
 SAMPLES = Path(__file__).parent / "samples"
 
 
@@ -19,7 +23,7 @@ def run_sample(
     """Runs pytest on a sample: outcome and text by test name, and the whole result."""
     xml = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", str(SAMPLES / name), "-p", "no:cacheprovider", "--junitxml", str(xml)]
-    result = support.run([*command, *arguments], 60, {**os.environ, **environment}, support.ROOT)
+    result = support.run([*command, *arguments], 300, {**os.environ, **environment}, support.ROOT)
     outcomes, texts = {}, {}
     for case in ElementTree.parse(xml).iter("testcase"):
         kinds = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
@@ -55,7 +59,7 @@ def test_selection_reaches_the_ranks(tmp_path):
 def test_hang_is_killed_with_stacks(tmp_path):
     start = time.monotonic()
     outcomes, texts, _ = run_sample("hangs.py", tmp_path)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < mpi_plugin.DEFAULT_TIMEOUT, "the test's own limit counts"
     assert outcomes == {
         "test_before[2ranks]": "passed",
         "test_hangs[2ranks]": "failure",

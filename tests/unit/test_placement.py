@@ -262,6 +262,7 @@ def test_rates_are_checked(bad):
         Rates(*bad)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "kaisa",
     [
