@@ -312,6 +312,27 @@ def test_hooks_are_there_only_while_armed_and_before_the_first_forward_pass() ->
     assert hooks(model["later"]) == 0 and not capture.layers["later"].shared
 
 
+@pytest.mark.parametrize(
+    "module, shape, shared",
+    [
+        (nn.Linear(3, 2), (4, 3), False),
+        (nn.Linear(3, 2), (4, 1, 3), False),
+        (nn.Linear(3, 2), (4, 2, 3), True),
+        (nn.Conv2d(2, 4, 3, groups=2), (4, 2, 3, 3), False),
+        (nn.Conv2d(2, 4, 3, groups=2), (4, 2, 3, 4), True),
+        (nn.BatchNorm1d(3), (4, 3), False),
+        (nn.LayerNorm(3), (4, 5, 3), True),
+    ],
+    ids=str,
+)
+def test_weights_are_shared_where_a_sample_has_several_positions(
+    module: nn.Module, shape: tuple[int, ...], shared: bool
+) -> None:
+    capture = Capture(module)
+    module(torch.randn(shape))
+    assert capture.layers[""].shared is shared
+
+
 def test_keyword_input() -> None:
     model = nn.Linear(3, 2).double()
     capture = armed(model)

@@ -102,6 +102,27 @@ def test_reduce_squares_each_samples_shares() -> None:
         torch.testing.assert_close(side, wanted)
 
 
+def test_samples_of_padding_alone_are_none() -> None:
+    """Rows, gradients and shares are those of the other samples, in their order."""
+    index = torch.tensor([[1, 3, 3], [2, 2, 2], [4, 2, 5], [1, 1, 2]])
+    for reduce in (False, True):
+        _, batch, g = take(nn.Embedding(TOKENS, 3, padding_idx=2).double(), index, reduce=reduce)
+        shares, sums, full = [], [], []
+        for n in (0, 2, 3):
+            kept = index[n] != 2
+            one_hot = F.one_hot(index[n][kept], TOKENS).double()
+            shares.append(one_hot.mean(0))
+            sums.append(g[n][kept].sum(0))
+            full.append(torch.outer(sums[-1], shares[-1]) if reduce else g[n][kept].T @ one_hot)
+        x, r = batch.rows(100)
+        factor = (3 / 4) ** 0.5  # four loss terms
+        torch.testing.assert_close(x[0], torch.stack(shares))
+        torch.testing.assert_close(r[0], torch.stack(sums) * factor)
+        torch.testing.assert_close(batch.sample_gradients(100)[0], torch.stack(full) * factor)
+        assert batch.available(positions=False) == 3
+        assert batch.input_rows == (3 if reduce else 7)
+
+
 def test_draws_add_up() -> None:
     module = nn.Embedding(TOKENS, 3).double()
     layer = Capture(module).layers[""]

@@ -175,3 +175,16 @@ def test_half_precision_input_is_normalised_in_float32() -> None:
     assert moment.dtype == torch.float32
     xhat = F.layer_norm(x.bfloat16().float(), (64,))
     torch.testing.assert_close(moment[:, 0, 0], 4 * xhat.pow(4).mean(0), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(4), lambda: nn.GroupNorm(2, 4)])
+def test_uses_of_one_micro_batch_add_up_and_those_of_others_are_further_samples(make: Callable[[], nn.Module]) -> None:
+    module = randomised(make())
+    layer = Capture(module).layers[""]
+    x, g = normal(3, 5, 4), normal(3, 5, 4, seed=2)
+    uses = [Use("", x[i], True, micro_batch=i // 2, gradient=g[i]) for i in range(3)]
+    batch = layer.batch(uses, 10.0, Reading(dtype=torch.float64))
+    single = [sample_gradients(layer, x[i], module(x[i]).detach(), g[i]) for i in range(3)]
+    rows = torch.cat([single[0] + single[1], single[2]]).squeeze(2)
+    torch.testing.assert_close(batch.input_moment(Dense()), torch.einsum("npa,npb->pab", rows, rows) / 10)
+    torch.testing.assert_close(batch.mean_gradient().squeeze(1), rows.sum(0) / 10)

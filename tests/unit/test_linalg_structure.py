@@ -175,14 +175,16 @@ def test_rank_deficient_and_zero_matrices_are_solved() -> None:
         assert bool((values >= 0).all())
 
 
-def test_padding_of_the_last_block_never_mixes_with_zero_eigenvalues() -> None:
+@pytest.mark.parametrize("d", [5, 7])
+@pytest.mark.parametrize("seed", range(3))
+def test_padding_of_the_last_block_never_mixes_with_zero_eigenvalues(d: int, seed: int) -> None:
     """Rank one in the padded block: all its other eigenvalues are zero, as are those of the padding."""
-    row = normal(1, 1, 5)
+    row = normal(1, 1, d, seed=seed)
     structure = Blocks(4)
-    values, basis = structure.eigh(structure.from_dense((row.mT @ row).expand(1, 5, 5)), 5)
-    q = structure.unrotate_left(eye(5)[None], basis)
-    torch.testing.assert_close(q.mT @ q, eye(5)[None])
-    assert values.shape == (1, 5)
+    values, basis = structure.eigh(structure.from_dense(row.mT @ row), d)
+    q = structure.unrotate_left(eye(d)[None], basis)
+    torch.testing.assert_close(q.mT @ q, eye(d)[None])
+    assert values.shape == (1, d)
 
 
 def test_low_precision_operands_keep_the_gradient_dtype() -> None:

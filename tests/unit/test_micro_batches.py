@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hpc_kfac as hk
+from hpc_kfac.engine.running_weight import Weight, divisors, total
 from unit.step_oracle import CROSS_ENTROPY, DOUBLE, normal, randomised
 
 close = torch.testing.assert_close
@@ -188,3 +189,43 @@ def test_unequal_numbers_of_positions() -> None:
         close(found[1][name], found[0][name])
     rows = F.pad(x[keep], (0, 1), value=1.0)
     close(found[1]["A"][0], rows.T @ rows / 4)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_weights_of_ranks_that_take_turns(every: int) -> None:
+    """What a sum over ranks is divided by, with a reduction in every so many steps.
+
+    Positions count where a rank used the layer; loss terms of all ranks and steps, if any rank used it since the last
+    reduction.
+    """
+    decay, weights = 0.9, [Weight(), Weight()]
+    terms = [(3, 4), (5, 1), (2, 7), (4, 2), (6, 5), (1, 3)]
+    used = [(True, False), (False, True), (False, False), (False, False), (True, True), (False, True)]
+    expected, pending, anyone = {"uses": 0.0, "terms": 0.0}, 0.0, False
+    for step, (counts, uses) in enumerate(zip(terms, used, strict=True)):
+        for weight, count, use in zip(weights, counts, uses, strict=True):
+            if use:
+                old = {over: decay * weight.of(over) for over in ("uses", "terms")}
+                for over, kept in weight.fold(decay, 3.0 * count, count).items():
+                    assert kept == pytest.approx(old[over] / weight.of(over))
+            else:
+                weight.skip(decay, count)
+        expected = {over: decay * value for over, value in expected.items()}
+        expected["uses"] += sum(3.0 * count for count, use in zip(counts, uses, strict=True) if use)
+        pending, anyone = decay * pending + sum(counts), anyone or any(uses)
+        if (step + 1) % every == 0:
+            there = [step >= every or any(some[rank] for some in used[: step + 1]) for rank in range(2)]
+            numbers = [weight.numbers(here) for weight, here in zip(weights, there, strict=True)]
+            sums = [sum(column) for column in zip(*numbers, strict=True)]
+            expected["terms"] += pending if anyone else 0.0
+            found = {over: total(sums, over) for over in expected}
+            assert found == pytest.approx(expected), step
+            assert divisors(torch.tensor(sums)).tolist() == pytest.approx(list(expected.values()))
+            for weight in weights:
+                weight.settle(anyone)
+            pending, anyone = 0.0, False
+    assert [Weight.restored(weight.saved()) for weight in weights] == weights
+    for weight in (Weight(None, 2.0, 1.0, True), Weight(0.0, 2.0)):
+        assert Weight.restored(weight.saved()) == weight
+    assert total(Weight(5.0, 0.0, 3.0, True).numbers(False), "terms") == 0.0  # no rank has any
+    assert divisors(torch.tensor(Weight(5.0, 0.0, 3.0, True).numbers(False))).tolist() == [0.0, 0.0]

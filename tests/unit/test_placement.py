@@ -165,6 +165,21 @@ def test_all_local_keeps_groups_even(grid, colocate):
     assert max(loads) - min(loads) <= max(_by_layer(costs).values()) * (1 + EPS) + EPS * sum(loads)
 
 
+def test_groups_carry_what_every_worker_does_of_a_layer_in_part():
+    """`a` and `b` are owned in one group, `c` and `d` in the other; all workers of its group do the rest of `a`."""
+    sent = {("a", "A"): UnitCost(4.0), ("b", ""): UnitCost(6.0), ("c", ""): UnitCost(3.0), ("d", ""): UnitCost(3.0)}
+    local = {unit: UnitCost(cost, 10**6) for unit, cost in ((("a", "G"), 100.0), (("e", ""), 10.0), (("f", ""), 10.0))}
+    owner = Kaisa(0.5, all_local=MIXED).assign(sent | local, 4).owner
+    assert {owner["b"], owner["a"]} == {0, 1} and {owner["c"], owner["d"], owner["e"], owner["f"]} == {2, 3}
+
+
+def test_groups_share_what_is_sent_and_do_the_rest_in_full():
+    """Units apart: 12 flops that one of two workers does are 6 for each, 10 that both do are 10."""
+    costs = {("a", ""): UnitCost(10.0, 10**6), ("b", ""): UnitCost(12.0), ("c", ""): UnitCost(12.0)}
+    owner = Kaisa(0.5, all_local=MIXED, colocate=False).assign(costs, 4).owner
+    assert (owner["a"] // 2, owner["b"] // 2, owner["c"] // 2) == (0, 1, 1)
+
+
 def test_all_local_threshold_is_computing_against_broadcasting():
     rates = Rates(flops=1e9, latency=1e-4, bandwidth=1e8)
     costs = {

@@ -123,6 +123,42 @@ def test_state_dict_continues_bitwise(name: str) -> None:
     )
 
 
+def test_an_adaptive_schedule_goes_on_comparing_after_a_restart() -> None:
+    """Refreshes of steps 0, 1, 3, 6 and 11, the intervals growing; left after step 1, where only step 3 compares."""
+
+    def refreshed(left: int) -> list[int]:
+        adapt, found = hk.Schedule(1, 1, adapt=hk.Similarity(threshold=1e3)), []
+        run = Run(METHODS["kfac eigen"], schedule=adapt)
+        for step in range(12):
+            if step == left:
+                states = copy.deepcopy([run.model.state_dict(), run.preconditioner.state_dict()])
+                run = Run(METHODS["kfac eigen"], schedule=adapt)
+                run.model.load_state_dict(states[0])
+                run.preconditioner.load_state_dict(states[1])
+            backward(run.preconditioner, run.model, step)
+            found += [step] * (run.preconditioner.step().refreshed > 0)
+        return found
+
+    assert refreshed(left=2) == refreshed(left=-1) == [0, 1, 3, 6, 11]
+
+
+def test_solved_forms_are_kept_in_the_dtypes_of_their_roles() -> None:
+    """Eigenvalues in that of the solve, and matrices too, unless their products are large enough to gain."""
+    kinds = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float64: torch.float64}
+    assert {kind: hk.Precision(factors=kind).wire for kind in kinds} == kinds
+    precision = hk.Precision(factors=torch.float64, solve=torch.float32, apply=torch.bfloat16)
+    model = nn.Sequential(nn.Linear(200, 300), nn.Linear(300, 2)).double()
+    preconditioner = preconditioner_of(model, method=METHODS["kfac eigen"], precision=precision)
+    model(normal(4, 200)).square().mean().backward()
+    preconditioner.step()
+    found = {name: {t.dtype for t in state.running.values()} for name, state in preconditioner.states.items()}
+    assert found == {"0": {torch.float64}, "1": {torch.float64}}
+    solved = {(n, key): t.dtype for n, state in preconditioner.states.items() for key, t in state.solved.items()}
+    large = {("0", "A_basis"), ("0", "G_basis")}
+    assert {where for where, dtype in solved.items() if dtype == torch.bfloat16} == large
+    assert all(dtype == torch.float32 for where, dtype in solved.items() if where not in large)
+
+
 def test_state_dict_survives_torch_save(tmp_path: Any) -> None:
     run = Run(hk.KFAC(solver="eigen")).steps(0, 2)
     torch.save(run.preconditioner.state_dict(), tmp_path / "state.pt")
@@ -190,7 +226,8 @@ def test_failed_decomposition_keeps_the_last_good_one() -> None:
         raw = matrices(model, preconditioner)["4"]
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            report = preconditioner.step()
+            report = preconditioner.step(log=True)
+        assert report.layers["4"].staleness == step, "of its older part"
         words = "layer '4': the refresh of A of step 1 failed, also with 1000 times the damping"
         assert [str(w.message).partition(",")[0] for w in told] == [words.partition(",")[0]] * (step == 1)
         assert (report.applied, report.failures, report.refreshed) == (True, 1, 2)

@@ -63,7 +63,8 @@ def test_step_is_made_with_the_factors_of_the_last_refresh(solver: str) -> None:
             close(found.updates[name], expected)
 
 
-def test_running_factors_weigh_steps_by_what_they_took_in() -> None:
+@pytest.mark.parametrize("observed", [True, False])
+def test_running_factors_weigh_steps_by_what_they_took_in(observed: bool) -> None:
     """decay^age (1 - decay) for each position or loss term; what the first step took in counts in full."""
     model, decay = mlp(4, 3), 0.8
     preconditioner = preconditioner_of(model, method=hk.KFAC(solver="eigen", damping=DAMPING, decay=decay))
@@ -74,7 +75,8 @@ def test_running_factors_weigh_steps_by_what_they_took_in() -> None:
         x = normal(samples, positions, 4, seed=step)
         outputs = model(x).mean(1)
         labels = torch.arange(samples) % 3
-        preconditioner.observe(outputs)
+        if observed:
+            preconditioner.observe(outputs)
         F.cross_entropy(outputs, labels).backward()
         preconditioner.step()
         rows = F.pad(x.flatten(0, 1), (0, 1), value=1.0)
@@ -303,10 +305,11 @@ def test_levenberg_marquardt_with_a_relative_damping_knows_no_scale(kind: str) -
     assert [found[0.3, scale] for scale in (1e-4, 1e4)] == pytest.approx([found[0.3, 1.0]] * 2, rel=1e-9)
 
 
-def test_levenberg_marquardt_counts_the_damping_term() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_levenberg_marquardt_counts_the_damping_term(bias: bool) -> None:
     """Predicted change: <delta, D> + (<delta, F delta> + damping |delta|^2) / 2, from weights before and after."""
     damping = Recorded(0.5, interval=1)
-    model, x, y = mlp(4, 3), normal(20, 4), normal(20, 3, seed=2)
+    model, x, y = mlp(4, 3, bias=bias), normal(20, 4), normal(20, 3, seed=2)
     before = matrix_of(model)
     found = one_step(model, x, y, SQUARED_ERROR, fisher="exact", method=hk.KFAC(solver="eigen", damping=damping))
     torch.optim.SGD(model.parameters(), lr=0.9).step()
@@ -332,7 +335,7 @@ def test_levenberg_marquardt_expects_what_parameters_left_to_the_optimizer_contr
 
 
 def matrix_of(model: nn.Module) -> Tensor:
-    return torch.cat([model[0].weight, model[0].bias[:, None]], dim=1).detach()
+    return torch.cat([p.detach().view(3, -1) for p in model.parameters()], dim=1)
 
 
 @pytest.mark.parametrize("lr", [1.0, 3.0])

@@ -178,6 +178,23 @@ def test_repeated_refresh_under_way_holds_back_the_next():
     assert [step for step in log if log[step][2]] == [0, 9, 15, 19]
 
 
+@pytest.mark.parametrize("step, landing", [(4, [4, 7, 12]), (5, [5, 12])])
+def test_a_layer_that_joins_takes_part_in_the_next_refresh(step, landing):
+    """Its own first one has nothing to wait for, and so is not under way any more."""
+    times = RefreshTimes(Schedule(1, 5, lag=2), {"a": 1.0})
+    times.join({"b": 1.0}, step, {})
+    assert [at for at in range(step, 14) if "b" in times.landing(at)] == landing
+
+
+@pytest.mark.parametrize("left, started", [(4, [7, 10]), (5, [7, 10]), (6, [10])])
+def test_a_layer_that_comes_back_makes_up_for_a_refresh_that_it_missed(left, started):
+    """The refresh of step 5, unless that was still its own."""
+    times = RefreshTimes(Schedule(1, 5), {"a": 1.0, "b": 1.0})
+    stood = times.leave("b")
+    times.join({"b": 1.0}, 7, {"b": (stood, left)})
+    assert [step for step in range(7, 14) if "b" in times.starting(step)] == started
+
+
 def test_similarity_grows_and_halves_the_interval():
     adapt = Similarity(threshold=0.1, longest=10)
     seen, interval, previous = [], 1, 1
@@ -208,6 +225,8 @@ def test_trace_change_leaves_out_and_freezes():
     starts = {layer: [step for step in log if layer in log[step][1]] for layer in changes}
     every = [0, 5, 10, 15, 20, 25, 30]
     assert starts == {"usual": every, "slow": [0, 10, 20, 30], "still": [0], "odd": every}
+    assert [TraceChange(0.5, 0.25).following(change, 1, 1)[0] for change in (0.51, 0.5, 0.25, 0.24)] == [1, 2, 2, 0]
+    assert TraceChange(0.5, freeze=0.0).following(0.0, 1, 1)[0] == 2  # never frozen
 
 
 def test_measures():

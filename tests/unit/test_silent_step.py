@@ -174,6 +174,7 @@ def test_normalising_is_exact_at_every_scale(dtype: torch.dtype) -> None:
     for power in (tiny, large):
         scaled = torch.ldexp(matrices, torch.tensor(power, dtype=dtype))
         torch.testing.assert_close(control.bound(scaled.clone(), False), plain)
+        torch.testing.assert_close(control.bound(scaled.clone(), False, torch.full((1,), 0.3)), 0.3 * plain)
         torch.testing.assert_close(orthogonal(scaled, 5), whole)
         if dtype == torch.float32:  # as a GPU does it
             dims, length = (0, 1, 2), 0.2 * 21.0**0.5
