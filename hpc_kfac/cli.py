@@ -1,192 +1,76 @@
-"""The command `hpc-kfac`."""
+"""The command `hpc-kfac`. Its help and version import neither torch nor MPI; what follows a command is its room's."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
 
-from hpc_kfac.cluster.environment import check_threads
-from hpc_kfac.cluster.errors import InputError
-from hpc_kfac.cluster.ranks import Ranks, alone, end, join, underscored
-
-HELP = """usage: hpc-kfac COMMAND ...
-
-  train [RUN.yaml] [--key value ...]   train a model; under mpirun, on all ranks. 'hpc-kfac train --help' lists the
-                                       settings, --print_config prints them resolved, --dry-run trains nothing
-  evaluate CHECKPOINT [--key value ...]
-                                       test figures of a checkpoint, or of a run's newest one
-  plan RUN.yaml --machine FILE --ranks 8,64,512
-                                       memory, traffic and step time on a machine that is not at hand, and which
-                                       settings to take; 'hpc-kfac plan --help' tells more
-  pack FOLDER OUT                      pack folders of JPEG files (train/CLASS/*.jpg, val/CLASS/*.jpg) into HDF5
-  checkpoint list|show|verify|diff|prune|export PATH ...
-                                       looks into checkpoints; 'hpc-kfac checkpoint --help' tells more
-  submit RUN.yaml --site NAME --nodes N --time 4:00:00 [-- --key value ...]
-                                       fill in a job script and hand it to the scheduler; 'hpc-kfac submit --help'
-  status [RUN ...] [--json]            how runs are doing; by default those in logs/
-  report RUN ... [--out FOLDER] [--watch] [--csv] [--tensorboard]
-                                       pictures and one page of what runs have recorded; 'hpc-kfac report --help'
-  bench NAME [--contenders a,b] [--budget MINUTES] [--report-only]
-                                       methods side by side on one task; 'hpc-kfac bench --help' tells more
-  info                                 what is installed: versions, MPI, Horovod, GPUs, cores
-"""
+from hpc_kfac import __version__
 
 
-def train(arguments: list[str], ranks: Ranks) -> None:
-    """Trains."""
-    from hpc_kfac.training import config
+class Command(NamedTuple):
+    """One of the commands.
 
-    arguments = [underscored(word) for word in arguments]
-    arguments = ["--dry_run=true" if word == "--dry_run" else word for word in arguments]
-    with _only_first_speaks(ranks), ranks.agreed():
-        settings = config.parse(arguments)
-    if settings.run.dry_run:
-        from hpc_kfac.training.dry_run import dry_run
+    Attributes:
+        words: what it takes.
+        text: what it does.
+        place: the function that runs it on a rank, of its words and the ranks.
+    """
 
-        text = dry_run(settings, ranks)
-        if ranks.rank == 0:
-            print(text)
-        return
-    from hpc_kfac.training.run import run
-
-    run(settings, ranks)
+    words: str
+    text: str
+    place: str
 
 
-def evaluate(arguments: list[str], ranks: Ranks) -> None:
-    """Evaluates a checkpoint."""
-    from hpc_kfac.training.weights import evaluate_checkpoint
-
-    with _only_first_speaks(ranks):
-        print(evaluate_checkpoint([underscored(word) for word in arguments], ranks))
-
-
-def pack(arguments: list[str], ranks: Ranks) -> None:
-    """Packs images."""
-    if len(arguments) != 2:
-        raise InputError(f"pack takes two folders, FOLDER and OUT; {len(arguments)} arguments were given")
-    from hpc_kfac.data.images import pack_images
-
-    with ranks.agreed():
-        if ranks.rank == 0:
-            for path in pack_images(arguments[0], arguments[1]):
-                print(f"wrote {path}")
-
-
-def checkpoint(arguments: list[str], ranks: Ranks) -> None:
-    """Looks into checkpoints."""
-    if ranks.size > 1:
-        raise InputError(f"checkpoint is for one process, and these are {ranks.size}; call it without mpirun")
-    from hpc_kfac.checkpoint import BrokenCheckpoint, inspect
-
-    given = _checkpoint_words(arguments)
-    good = True
-    try:
-        if given.action == "list":
-            text = inspect.listing(given.path, given.full)
-        elif given.action == "show":
-            text = inspect.description(given.path, not given.quick)
-        elif given.action == "verify":
-            text, good = inspect.verification(given.path)
-        elif given.action == "diff":
-            text, good = inspect.difference(given.path, given.other)
-        elif given.action == "prune":
-            text = inspect.pruning(given.path, given.keep, given.dry_run)
-        else:
-            text = inspect.export(given.path, given.out)
-    except (BrokenCheckpoint, OSError, ValueError, ImportError) as error:
-        raise InputError(str(error)) from error
-    print(text)
-    if not good:
-        sys.exit(1)
-
-
-def _checkpoint_words(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("hpc-kfac checkpoint", description="Looks into checkpoints.")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-
-    def action(name: str, text: str) -> argparse.ArgumentParser:
-        added = actions.add_parser(name, help=text, description=text)
-        added.add_argument("path", type=Path, help="a checkpoint; or a run, or a folder of checkpoints: the newest")
-        return added
-
-    action("list", "a table of the checkpoints").add_argument("--full", action="store_true", help="read all, and check")
-    show = action("show", "facts, and the curvature layer by layer")
-    show.add_argument("--quick", action="store_true", help="without condition numbers")
-    action("verify", "check all files of every checkpoint; status 1 if one is broken")
-    action("diff", "what differs between two; status 1 if anything does").add_argument("other", type=Path)
-    prune = action("prune", "remove all but the newest and the best")
-    prune.add_argument("--keep", type=int, required=True, help="how many of the newest stay; 2 do in any case")
-    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    action("export", "write the weights as OUT.safetensors or OUT.pt").add_argument("out", type=Path)
-    return parser.parse_args(arguments)
-
-
-def submit(arguments: list[str], ranks: Ranks) -> None:
-    """Submits a job."""
-    from hpc_kfac.jobs.submit import submit as submitted
-
-    place = arguments.index("--") if "--" in arguments else len(arguments)
-    print(submitted([*arguments[:place], *(underscored(word) for word in arguments[place:])]))
-
-
-def status(arguments: list[str], ranks: Ranks) -> None:
-    """Tells how runs are doing."""
-    from hpc_kfac.jobs import status as module
-
-    parser = argparse.ArgumentParser("hpc-kfac status", description="Tells how runs are doing.")
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, or folders of them: logs")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
-    given = parser.parse_args(arguments)
-    found = module.look(module.find_runs(given.runs or [Path("logs")]))
-    print(module.as_json(found) if given.json else module.table(found))
-
-
-def report(arguments: list[str], ranks: Ranks) -> None:
-    """Draws what runs have recorded."""
-    if ranks.size > 1:
-        raise InputError(f"report is for one process, and these are {ranks.size}; call it without mpirun")
-    from hpc_kfac.reporting.command import report as draw
-
-    draw(arguments)
-
-
-def bench(arguments: list[str], ranks: Ranks) -> None:
-    """Compares methods."""
-    from hpc_kfac.compare.command import bench as compare
-
-    compare(arguments, ranks)
-
-
-def plan(arguments: list[str], ranks: Ranks) -> None:
-    """Plans a run."""
-    from hpc_kfac.planning.command import plan as planned
-
-    planned(arguments, ranks)
-
-
-def info(arguments: list[str], ranks: Ranks) -> None:
-    """Describes the environment."""
-    from hpc_kfac.cluster import environment
-
-    if ranks.rank == 0:
-        print(environment.report())
-
-
-COMMANDS: dict[str, Callable[[list[str], Ranks], None]] = {
-    "train": train,
-    "evaluate": evaluate,
-    "plan": plan,
-    "pack": pack,
-    "checkpoint": checkpoint,
-    "submit": submit,
-    "status": status,
-    "report": report,
-    "bench": bench,
-    "info": info,
+COMMANDS = {
+    "train": Command(
+        "[RUN.yaml] [--key value ...]",
+        "train a model; under mpirun, on all ranks. --print_config prints the settings, --dry-run trains nothing",
+        "hpc_kfac.training.command:train",
+    ),
+    "evaluate": Command(
+        "CHECKPOINT [--key value ...]",
+        "test figures of a checkpoint, or of a run's newest one",
+        "hpc_kfac.training.command:evaluate",
+    ),
+    "plan": Command(
+        "RUN.yaml --machine FILE --ranks 8,64,512",
+        "memory, traffic and step time on a machine that is not at hand, and which settings to take",
+        "hpc_kfac.planning.command:plan",
+    ),
+    "pack": Command(
+        "FOLDER OUT",
+        "pack folders of JPEG files (train/CLASS/*.jpg, val/CLASS/*.jpg) into HDF5",
+        "hpc_kfac.data.command:pack",
+    ),
+    "checkpoint": Command(
+        "list|show|verify|diff|prune|export PATH ...",
+        "look into checkpoints",
+        "hpc_kfac.checkpoint.command:checkpoint",
+    ),
+    "submit": Command(
+        "RUN.yaml --site NAME --nodes N --time 4:00:00 [-- --key value ...]",
+        "fill in a job script and hand it to the scheduler",
+        "hpc_kfac.jobs.command:submit",
+    ),
+    "status": Command(
+        "[RUN ...] [--json]", "how runs are doing; by default those in logs/", "hpc_kfac.jobs.command:status"
+    ),
+    "report": Command(
+        "RUN ... [--out FOLDER] [--watch] [--csv] [--tensorboard]",
+        "pictures and one page of what runs have recorded",
+        "hpc_kfac.reporting.command:report",
+    ),
+    "bench": Command(
+        "NAME [--contenders a,b] [--budget MINUTES] [--report-only]",
+        "methods side by side on one task",
+        "hpc_kfac.compare.command:bench",
+    ),
+    "info": Command("", "what is installed: versions, MPI, Horovod, GPUs, cores", "hpc_kfac.cluster.environment:info"),
 }
 
 
@@ -201,25 +85,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print(HELP)
+        _parser().print_help()
         return 0
+    if words[0] == "--version":
+        print(f"hpc-kfac {__version__}")
+        return 0
+    _run(words[0], words[1:])
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """For the help: a command reads its own words."""
+    parser = argparse.ArgumentParser(
+        "hpc-kfac",
+        usage="hpc-kfac COMMAND ...",
+        epilog="'hpc-kfac COMMAND --help' lists a command's settings.",
+        formatter_class=lambda prog: argparse.RawTextHelpFormatter(prog, max_help_position=16, width=110),
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=f"{command.words}\n  {command.text}" if command.words else command.text)
+    return parser
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    from hpc_kfac.cluster.environment import check_threads
+    from hpc_kfac.cluster.errors import InputError
+    from hpc_kfac.cluster.ranks import alone, end, join
+
     if os.getcwd() not in sys.path:  # a user's own task is imported from where the command is given
         sys.path.insert(0, os.getcwd())
     ranks = alone()
     try:
-        if words[0] not in COMMANDS:
-            raise InputError(f"{words[0]!r} is no command; choose one of {', '.join(COMMANDS)}")
+        if name not in COMMANDS:
+            raise InputError(f"{name!r} is no command; choose one of {', '.join(COMMANDS)}")
         ranks = join()
         if ranks.comm is not None:
             check_threads()
-        COMMANDS[words[0]](words[1:], ranks)
+        module, _, function = COMMANDS[name].place.partition(":")
+        getattr(import_module(module), function)(arguments, ranks)
     except Exception as error:
         end(error, ranks)
-    return 0
-
-
-@contextlib.contextmanager
-def _only_first_speaks(ranks: Ranks) -> Iterator[None]:
-    """Help and settings are printed once."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if ranks.rank else sys.stdout):
-        yield

@@ -90,6 +90,16 @@ class Ranks:
         return Ranks(comm, comm.rank, comm.size, self.local_rank, self.local_size)
 
     @contextmanager
+    def only_first_speaks(self) -> Iterator[None]:
+        """Within it, help, settings and errors of the command line are printed by rank 0 alone."""
+        with contextlib.ExitStack() as stack:
+            if self.rank:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+
+    @contextmanager
     def agreed(self) -> Iterator[None]:
         """Wraps what each rank does by itself, such as opening files: if it fails on one rank, it fails on all.
 

@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
 
 def bench(arguments: list[str], ranks: Ranks) -> None:
     """Runs the command. Collective."""
-    given = parser().parse_args(arguments)
+    with ranks.only_first_speaks():
+        given = parser().parse_args(arguments)
     task = _task(given, ranks)
     device = choose_device("auto", ranks)
     threads = set_threads(None, ranks)

@@ -1,5 +1,6 @@
 """Ranks: communicators that count their traffic, and the placement of layers on ranks. Knows nothing of torch.nn."""
 
+from hpc_kfac.distributed import last_words
 from hpc_kfac.distributed.buffers import BufferPool
 from hpc_kfac.distributed.communicator import Communicator, SerialCommunicator, Work
 from hpc_kfac.distributed.monitor import Monitor
@@ -26,3 +27,5 @@ __all__ = [
     "communicator",
     "lent",
 ]
+
+last_words.install()

@@ -34,7 +34,8 @@ def plan(arguments: Sequence[str], ranks: Ranks) -> None:
     Raises:
         InputError: what the user gave cannot be used.
     """
-    given, rest = parse(arguments)
+    with ranks.only_first_speaks():
+        given, rest = parse(arguments)
     if given.spectrum is not None:
         print(batch_size.report(given.spectrum, given.batches))
         return

@@ -10,6 +10,7 @@ from typing import Any
 
 from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.cluster.files import replace_file
+from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.jobs import status
 from hpc_kfac.reporting import curves, factors, stacks
 from hpc_kfac.reporting.drawing import Picture, need_matplotlib
@@ -25,12 +26,14 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WATCH_SECONDS = 10
 
 
-def report(arguments: list[str]) -> None:
+def report(arguments: list[str], ranks: Ranks) -> None:
     """Writes a report.
 
     Raises:
         InputError: a folder is no run or has no rows, a package is missing, or the report cannot be written.
     """
+    if ranks.size > 1:
+        raise InputError(f"report is for one process, and these are {ranks.size}; call it without mpirun")
     given = _words(arguments)
     if len(given.runs) > len(LETTERS):
         raise InputError(f"{len(given.runs)} runs were given; a report takes {len(LETTERS)} at most")
