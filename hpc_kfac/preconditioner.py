@@ -808,7 +808,6 @@ class Preconditioner:
             self._times.load_state_dict(times)
             self.damping.load_state_dict(damping)
             raise
-        shares.add_dampings(states, pending, self._problem)
         self.states.update(states)
         self.steps, self.skipped, self.failures = steps, skipped, failures
         self._skipped_in_row = skipped_in_row

@@ -322,21 +322,6 @@ def take_pending(shares: Shares, problem: Problem, rank: int, device: torch.devi
     return found
 
 
-def add_dampings(states: Mapping[str, LayerState], pending: Pending, problem: Problem) -> None:
-    """Puts NaN for the damping of each factor's last refresh where states of version 0.1 tell none."""
-    for name, state in states.items():
-        _add_dampings(state.solved, problem.specs[name])
-    for (layer, part), (_, result) in pending.items():
-        _add_dampings(result or {}, [spec for spec in problem.specs[layer] if spec.part == part])
-
-
-def _add_dampings(solved: State, specs: Sequence[StateSpec]) -> None:
-    like = next(iter(solved.values()), None)
-    for spec in specs:
-        if like is not None and spec.part and spec.name == f"{spec.part}_damping" and spec.name not in solved:
-            solved[spec.name] = like.new_full(spec.shape, torch.nan)
-
-
 # Checks
 
 

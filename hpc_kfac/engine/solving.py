@@ -109,9 +109,9 @@ class Solver:
 
     @torch.no_grad()
     def _solve(self, unit: Unit, view: State, damping: float) -> State | None:
-        """The method's refresh; with more damping if it fails, None if it fails for good."""
+        """The method's refresh; with more damping, where it has any, if it fails; None if it fails for good."""
         method, shape = self._problem.method, self._problem.shapes[unit[0]]
-        for attempt in range(RETRIES + 1):
+        for attempt in range(RETRIES + 1 if method.refresh_damps else 1):
             try:
                 with repetitions() as repeated:
                     result = method.refresh(view, shape, damping * 10**attempt, unit[1])
@@ -135,14 +135,15 @@ class Solver:
     def _tell_failure(self, unit: Unit, step: int) -> None:
         """Of a refresh that failed for good."""
         layer, part = unit
+        more = f", also with {10**RETRIES} times the damping" if self._problem.method.refresh_damps else ""
         old = self._states[layer].refreshed.get(part)
         what = f"goes on with that of step {old}" if old is not None else "has no curvature yet"
         self._tell(
             unit,
             "failed",
-            f"layer {layer!r}: the refresh{f' of {part}' if part else ''} of step {step} failed, also with"
-            f" {10**RETRIES} times the damping, and the layer {what}: its factors are not finite, or not positive"
-            " definite in the dtype of Precision(solve=...)",
+            f"layer {layer!r}: the refresh{f' of {part}' if part else ''} of step {step} failed{more}, and the"
+            f" layer {what}: its factors are not finite{', or not positive definite' if more else ''} in the dtype of"
+            " Precision(solve=...)",
         )
 
     def _tell(self, unit: Unit, about: str, text: str) -> None:

@@ -226,7 +226,10 @@ class LayerBatch(Protocol):
         output_structure: Structure,
         input_structure: Structure,
     ) -> Tensor:
-        """(1/M) sum over samples of (Q_G^T (sum_t g_t x_t^T) Q_A)^2, elementwise, [p, o, a] (George et al. 2018)."""
+        """(1/M) sum over samples of (Q_G^T (sum_t g_t x_t^T) Q_A)^2, elementwise, [p, o, a] (George et al. 2018).
+
+        Under ``reduce`` of the rows that A and G are of, (Q_G^T (sum_t g_t) (mean_t x_t)^T Q_A)^2.
+        """
         ...
 
     def rows(self, limit: int) -> tuple[Tensor, Tensor]:

@@ -111,6 +111,11 @@ class EmbeddingBatch:
         output_structure: Structure,
         input_structure: Structure,
     ) -> Tensor:
+        if self.reading.reduce:
+            g = self._sample_gradients()
+            turned = output_structure.rotate_right(g.flatten(0, 1).unsqueeze(0), output_basis).view_as(g)
+            squares = turned.square().sum(0).t() @ self._sample_inputs().square()
+            return squares.unsqueeze(0) * (self.reading.scale**2 / self.count)
         # A sample's gradient has one column for each token in it: the sum of g over the token's positions.
         key, owner = torch.unique(self.sample * self.shape.inputs + self.token, return_inverse=True)
         columns = self.g.new_zeros(self.g.shape[0], len(key), self.shape.outputs).index_add_(1, owner, self.g)

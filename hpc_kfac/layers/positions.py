@@ -181,7 +181,10 @@ class PositionBatch(ABC):
 
         p, o, a = self.shape.blocks, self.shape.outputs, self.shape.inputs
         total: Tensor | float = 0.0
-        for group in self.groups:
+        for x, g in self._pairs() if self.reduce else ():
+            x, g = rotate(x, input_structure, input_basis), rotate(g, output_structure, output_basis)
+            total = total + g.square().sum(1).squeeze(2).transpose(1, 2) @ x.square().squeeze(2)
+        for group in () if self.reduce else self.groups:
             positions = sum(part.positions for part in group)
             single = positions == 1
             # Rotating rows costs T (a^2 + o^2) a sample, rotating per-sample gradients o a (a + o).

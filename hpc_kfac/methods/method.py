@@ -244,6 +244,11 @@ class Method(ABC):
         """Flops of one part's refresh."""
         return self.cost(shape).refresh / len(self.parts(shape))
 
+    @property
+    def refresh_damps(self) -> bool:
+        """Whether `refresh` takes the damping in, so that more of it may mend one that fails."""
+        return True
+
     @abstractmethod
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         """The solved tensors and the re-based running ones, all new; the given state is not changed.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -115,6 +117,8 @@ def test_mask_drops_positions(reduce: bool) -> None:
     torch.testing.assert_close(batch.input_moment(Dense())[0], expected_a)
     torch.testing.assert_close(batch.output_moment(Dense())[0], expected_g)
     qg, qa = bases(layer)
+    if reduce:
+        gradients, inputs = list(sums.unsqueeze(1)), list(means.unsqueeze(1))
     squares = sum((qg[0].T @ gi.T @ xi @ qa[0]).square() for gi, xi in zip(gradients, inputs, strict=True)) / count
     torch.testing.assert_close(batch.projected_square(qg, qa, Dense(), Dense())[0], squares)
 
@@ -245,3 +249,32 @@ def test_diagonal_of_a_large_side_needs_no_square() -> None:
     module = nn.Linear(2, 3000, bias=False).double()
     _, batch, g = captured(module, normal(4, 2))
     torch.testing.assert_close(batch.output_moment(Diagonal())[0], g.square().sum(0) / 4)
+
+
+REDUCED: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
+    "linear": (lambda: nn.Linear(3, 2), normal(4, 5, 3), 1),
+    "convolution": (lambda: nn.Conv1d(2, 3, 2), normal(4, 2, 6), 2),
+    "embedding": (lambda: nn.Embedding(6, 3), torch.tensor([[0, 1, 1], [5, 2, 0], [3, 3, 3], [1, 4, 2]]), 1),
+}
+
+
+@pytest.mark.parametrize("kind", REDUCED)
+def test_reduced_statistics_are_those_of_pooled_samples(kind: str) -> None:
+    """Where outputs are averaged over positions, reduced rows give each sample's gradient, by autograd, exactly."""
+    make, x, axis = REDUCED[kind]
+    module = make().double()
+    layer = (capture := Capture(module, weight_sharing="reduce", dtype=torch.float64)).layers[""]
+    capture.armed = True
+    module(x).mean(axis).pow(3).sum().backward()
+    batch = take_all(capture, 4.0, 1.0)[""]
+    found = []
+    for sample in x:
+        gradients = torch.autograd.grad(module(sample[None]).mean(axis).pow(3).sum(), layer.parameters)
+        found.append(layer.matrix(list(gradients))[0])
+    d, inputs = torch.stack(found), layer.shape.input_structure
+    q = torch.linalg.qr(normal(layer.shape.outputs, layer.shape.outputs, seed=3))[0]
+    squares = batch.projected_square(q[None], None, Dense(), inputs)
+    torch.testing.assert_close(squares[0], (q.T @ d).square().sum(0) / 4)
+    a, g = batch.paired_moments(None, None, Dense(), inputs)
+    torch.testing.assert_close(a, inputs.from_dense((d.mT @ d).sum(0)[None]) / 4)
+    torch.testing.assert_close(g[0], (d @ d.mT).sum(0) / 4)

@@ -228,8 +228,9 @@ def test_failed_decomposition_keeps_the_last_good_one() -> None:
             warnings.simplefilter("always")
             report = preconditioner.step(log=True)
         assert report.layers["4"].staleness == step, "of its older part"
-        words = "layer '4': the refresh of A of step 1 failed, also with 1000 times the damping"
-        assert [str(w.message).partition(",")[0] for w in told] == [words.partition(",")[0]] * (step == 1)
+        words = "layer '4': the refresh of A of step 1 failed, and the layer goes on with that of step 0: its factors"
+        words += " are not finite in the dtype of Precision(solve=...)"  # the eigen solver damps no refresh
+        assert [str(w.message) for w in told] == [words] * (step == 1)
         assert (report.applied, report.failures, report.refreshed) == (True, 1, 2)
         assert torch.equal(preconditioner.states["4"].solved["A_basis"], good)
         view = preconditioner.states["4"].view()

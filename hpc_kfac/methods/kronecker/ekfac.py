@@ -81,6 +81,10 @@ class EKFAC(Kronecker):
             fresh["second_moment"] = fresh.pop("rotated").square_().mul_(terms.all)
         return fresh
 
+    @property
+    def refresh_damps(self) -> bool:
+        return False
+
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         solved = self.decompose(state, shape)
         a_values, g_values = (solved.pop(f"{name}_values", None) for name in ("A", "G"))

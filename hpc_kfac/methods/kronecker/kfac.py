@@ -82,7 +82,8 @@ class KFAC(Kronecker):
         else:
             specs += self.side_specs(shape, self._solved_name)
             specs += [
-                StateSpec(f"{name}_damping", (shape.blocks,), "solved", part=name) for name, _, _ in self.sides(shape)
+                StateSpec(f"{name}_damping", (shape.blocks,), "solved", part=name, needed=False)
+                for name, _, _ in self.sides(shape)
             ]
         return tuple(specs)
 
@@ -94,6 +95,10 @@ class KFAC(Kronecker):
 
     def refresh_flops(self, shape: LayerShape, part: str) -> float:
         return self.solve_flops(shape, self._solve_factor, part)
+
+    @property
+    def refresh_damps(self) -> bool:
+        return not self._exact
 
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         if self._exact:
@@ -182,12 +187,9 @@ class KFAC(Kronecker):
         return (delta * (left + right + a_damping * g_damping * delta)).sum()
 
     def _applied(self, factors: State, state: State, shape: LayerShape, damping: float) -> State:
-        """The damping [p] of each factor in the last refresh; this step's where a state of version 0.1 tells none."""
-        found = {}
-        for name, now in self.split_damping(factors, shape, damping).items():
-            applied = state[f"{name}_damping"]
-            found[name] = torch.where(applied.isnan(), torch.as_tensor(now, dtype=applied.dtype), applied)
-        return found
+        """The damping [p] of each factor in the last refresh; this step's where an older checkpoint tells none."""
+        now = self.split_damping(factors, shape, damping)
+        return {name: state.get(f"{name}_damping", torch.as_tensor(now[name]).view(-1)) for name in now}
 
     def cost(self, shape: LayerShape) -> Cost:
         """Flops of dense factors: statistics 2 (a^2 + o^2) for a row, eigh 9 n^3, Cholesky inverse n^3, root 11 n^3,

@@ -52,6 +52,10 @@ class Eva(Method):
         a_mean, g_mean = batch.means()
         return {"a_mean": a_mean, "g_mean": g_mean}
 
+    @property
+    def refresh_damps(self) -> bool:
+        return False
+
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         for name in ("a_mean", "g_mean"):
             require_finite(state[name], name)
