@@ -32,7 +32,7 @@ from hpc_kfac.engine.plan import Problem
 from hpc_kfac.engine.precision import Precision
 from hpc_kfac.engine.reduction_ratio import ReductionRatio, check_steers
 from hpc_kfac.engine.state import LayerState, StepInputs
-from hpc_kfac.engine.statistics import Collector, FisherSource
+from hpc_kfac.engine.statistics import Collector
 from hpc_kfac.engine.step_report import StepReport
 from hpc_kfac.engine.timing import Timeline
 from hpc_kfac.guards.alike import (
@@ -56,9 +56,10 @@ from hpc_kfac.methods import KFAC
 from hpc_kfac.methods.method import Method
 from hpc_kfac.notices import Notices, Refused
 from hpc_kfac.options.damping import LevenbergMarquardt, as_damping
-from hpc_kfac.options.fisher import CrossEntropy, OutputDistribution
+from hpc_kfac.options.fisher import CrossEntropy, FisherSource, OutputDistribution
 from hpc_kfac.options.schedule import RefreshTimes, Schedule
-from hpc_kfac.options.step_control import FixedNorm, KLClip, Orthogonal, StepControl
+from hpc_kfac.options.step_control import FixedNorm, KLClip, StepControl
+from hpc_kfac.options.wants import OPEN, contradiction, settle
 
 PLANS = 256
 """So many plans are kept; an adaptive schedule can make a new one on every step."""
@@ -117,10 +118,10 @@ class Preconditioner:
             read in every step: `KLClip` needs the learning rate, `FixedNorm` and `Orthogonal` the momentum.
         method: the curvature method.
         placement: which ranks decompose and precondition which layers.
-        schedule: when statistics are taken and factors decomposed.
-        step_control: Orthogonal, FixedNorm, TrustRegion, KLClip or None.
+        schedule: when statistics are taken and factors decomposed; None, and intervals that are None, for the method's.
+        step_control: Orthogonal, FixedNorm, TrustRegion, KLClip, or None for none; "method" for what the method wants.
         fisher: "empirical" uses the training gradients; "sampled" draws labels from the model, "exact" sums over all
-            outputs; these two need `observe` on every step.
+            outputs; these two need `observe` on every step. None for what the method wants.
         precision: dtypes of running averages, decompositions and application.
         comm: the ranks whose gradients are averaged: an mpi4py communicator or a torch.distributed process group; None
             for one process; "serial" for one process that works alone though others run beside it.
@@ -150,8 +151,8 @@ class Preconditioner:
         method: Method | None = None,
         placement: Kaisa | None = None,
         schedule: Schedule | None = None,
-        step_control: StepControl = Orthogonal(),  # noqa: B008 - frozen
-        fisher: FisherSource = "empirical",
+        step_control: StepControl | Literal["method"] = OPEN,
+        fisher: FisherSource | None = None,
         precision: Precision | None = None,
         comm: Any = None,
         skip: Sequence[str] = (),
@@ -164,12 +165,15 @@ class Preconditioner:
     ) -> None:
         given = locals()
         check_arguments({name: given[name] for name in CHECKS})
+        self.method = method or KFAC()
+        self.settled = settle(self.method, schedule, fisher, step_control)
+        told = contradiction(self.method, fisher)
+        schedule, fisher, step_control = self.settled.schedule, self.settled.fisher, self.settled.step_control
         if isinstance(step_control, KLClip) and step_control.needs_learning_rate and optimizer is None:
             raise ValueError("KLClip needs the learning rate: pass optimizer=..., or step_control=None")
         check_kind(optimizer)
-        self.method = method or KFAC()
         self.damping = as_damping(self.method.damping)
-        self.schedule = schedule or Schedule()
+        self.schedule = schedule
         self.step_control: StepControl = step_control
         self.precision = precision or Precision()
         self.steps = 0
@@ -224,6 +228,8 @@ class Preconditioner:
                 "comm is not given, though another preconditioner of this process has one: this one works alone, with"
                 f' its own samples; comm="{SERIAL}" says so, and pass the comm of the other one if it is not meant',
             )
+        if told:
+            self.notices.once("fisher", told)
         self._watchdog = None
         if stall_seconds is not None and isinstance(self._comm, MPICommunicator) and self._comm.size > 1:
             self._watchdog = Watchdog(self._comm.mpi, self._comm.monitor, stall_seconds)
@@ -272,6 +278,8 @@ class Preconditioner:
             self.timings,
             self.notices,
         )
+        if "fisher" in self.settled.from_method:
+            self._collector.wanted_by = type(self.method).__name__
         self._written = Written(self.capture)
         self._attachments.claim()
         self._start_step()
@@ -460,8 +468,9 @@ class Preconditioner:
         self.damping.raise_by(factor)
 
     def summary(self) -> str:
-        """What is captured and what is left out, in words."""
-        return self.capture.summary()
+        """What is captured and what is left out, and what the method decided that was left open, in words."""
+        told = self.settled.told(type(self.method).__name__)
+        return f"{self.capture.summary()} {told}".rstrip()
 
     def factors(self, layer: str) -> dict[str, Tensor]:
         """Copies of a layer's running averages on this rank, such as "A" [p, a, a] and "G" [p, o, o] of K-FAC.
@@ -722,9 +731,10 @@ class Preconditioner:
         control = self._control
         if not isinstance(control, FixedNorm):
             return {}
-        found = {name: control.under(rule.momentum, rule.dampening) for name, rule in rules.items()}
+        own = self.method.wants.momentum
+        found = {name: control.under(rule.momentum, rule.dampening, own) for name, rule in rules.items()}
         largest = max(rules.values(), key=lambda rule: rule.momentum, default=Rule())
-        self.step_control = control.under(largest.momentum, largest.dampening)
+        self.step_control = control.under(largest.momentum, largest.dampening, own)
         kept = max((each.momentum or 0.0 for each in found.values()), default=0.0)
         if kept != self._problem.momentum:
             self._problem = replace(self._problem, momentum=kept)

@@ -19,6 +19,7 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 import hpc_kfac as hk
 from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.linalg.half import bfloat16_is_faster
+from hpc_kfac.options.fisher import FisherSource
 from hpc_kfac.tasks.losses import Loss
 from hpc_kfac.training.averaging import make_averaging
 from hpc_kfac.training.config import KINDS
@@ -146,11 +147,11 @@ def ours(
     adamw_lr: float | None = None,
     control: str = "trust_region",
     kappa: float = 0.1,
-    statistics: int = 20,
-    refresh: int = 100,
+    statistics: int | None = None,
+    refresh: int | None = None,
     early: int = 10,
     bf16: bool | None = None,
-    fisher: str = "empirical",
+    fisher: FisherSource | None = None,
     **settings: Any,
 ) -> tuple[Optimizer, dict[str, Any]]:
     """Optimizer and components of one of our methods.
@@ -166,11 +167,11 @@ def ours(
         adamw_lr: learning rate of AdamW for embeddings and norms, which are not preconditioned then.
         control: a step control by the trainer's name for it.
         kappa: bound on the step, where the control has one.
-        statistics: interval.
+        statistics: interval; None, of both, for the method's.
         refresh: interval from step `refresh` on.
         early: both intervals before: the first factors age fastest.
         bf16: rows and applied matrices in bfloat16; None: where that is faster.
-        fisher: source of the output gradients.
+        fisher: source of the output gradients; None for the method's.
         settings: of the method.
     """
     make_control: Any = KINDS["step_control"].find("control", control)
@@ -184,7 +185,7 @@ def ours(
         bf16 = bfloat16_is_faster(next(model.parameters()).device.type)
     components = {
         "method": method(damping=hk.AnnealedDamping(damping) if annealed else damping, **settings),
-        "schedule": hk.Schedule({0: early, refresh: statistics}, {0: early, refresh: refresh}),
+        "schedule": _intervals(statistics, refresh, early),
         "step_control": make_control(momentum=momentum) if fixed else make_control(kappa),
         "precision": hk.Precision(apply=torch.bfloat16, moments=torch.bfloat16) if bf16 else hk.Precision(),
         "skip": skip if adamw_lr is not None else [],
@@ -192,6 +193,12 @@ def ours(
     }
     optimizer = sgd(model, lr=lr, momentum=0.0 if fixed else momentum, weight_decay=weight_decay, adamw_lr=adamw_lr)
     return optimizer, components
+
+
+def _intervals(statistics: int | None, refresh: int | None, early: int) -> hk.Schedule | None:
+    if refresh is None:
+        return None if statistics is None else hk.Schedule(statistics)
+    return hk.Schedule(None if statistics is None else {0: early, refresh: statistics}, {0: early, refresh: refresh})
 
 
 def _ours(method: Callable[..., hk.Method], owners: bool = False, **fixed: Any) -> Contender:
@@ -254,10 +261,11 @@ def _muon(model: nn.Module, loss: Loss, settings: dict[str, Any], ranks: Ranks) 
     return MuonTrained(model, loss, ranks, **settings)
 
 
+KFAC_INTERVALS = {"statistics": 20, "refresh": 100}
 OWN: dict[str, Contender] = {
-    "kfac": _ours(hk.KFAC, owners=True),
+    "kfac": _ours(hk.KFAC, owners=True, **KFAC_INTERVALS),
     "kfac_defaults": Contender(_defaults, "hpc_kfac"),
-    "kfac_clip": _ours(hk.KFAC, owners=True, control="kl_clip"),
+    "kfac_clip": _ours(hk.KFAC, owners=True, control="kl_clip", **KFAC_INTERVALS),
     "ekfac": _ours(hk.EKFAC),
     "eva": _ours(hk.Eva),
     "sample_matrix": _ours(hk.SampleMatrix),
@@ -265,10 +273,7 @@ OWN: dict[str, Contender] = {
     "adamw": Contender(_adamw, "torch"),
     "muon": Contender(_muon, "torch"),
 }
-FAMILY = {
-    f"our_{name}": _ours(make, control="fixed_norm", fisher="sampled" if name == "tnt" else "empirical")
-    for name, make in hk.METHODS.items()
-}
+FAMILY = {f"our_{name}": _ours(make, control="fixed_norm") for name, make in hk.METHODS.items()}
 """Every method of this package with steps of one length: what differs is the direction, which is the method's own.
 
 `orthogonal` would even out much of what they differ in.

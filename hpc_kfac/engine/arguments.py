@@ -14,6 +14,7 @@ from hpc_kfac.engine.precision import Precision
 from hpc_kfac.methods.method import Method
 from hpc_kfac.options.schedule import Schedule
 from hpc_kfac.options.step_control import FixedNorm, KLClip
+from hpc_kfac.options.wants import OPEN
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -47,12 +48,12 @@ CHECKS: dict[str, Check] = {
     "placement": (_a(Kaisa), "pass hk.Kaisa(...), such as hk.Kaisa(0.5), or None"),
     "schedule": (_a(Schedule), "pass hk.Schedule(...), such as hk.Schedule(statistics=10, refresh=10), or None"),
     "step_control": (
-        _a(FixedNorm, KLClip),
-        "pass hk.Orthogonal(), hk.KLClip(1e-3), hk.TrustRegion(), hk.FixedNorm(), or None for no bound",
+        lambda value: value == OPEN if isinstance(value, str) else _a(FixedNorm, KLClip)(value),
+        "pass hk.Orthogonal(), hk.KLClip(1e-3), hk.TrustRegion(), hk.FixedNorm(), None for no bound, or leave it out",
     ),
     "fisher": (
-        lambda value: isinstance(value, str) and value in ("empirical", "sampled", "exact"),
-        "use 'empirical', 'sampled' or 'exact'",
+        lambda value: value is None or (isinstance(value, str) and value in ("empirical", "sampled", "exact")),
+        "use 'empirical', 'sampled' or 'exact', or leave it out",
     ),
     "precision": (_a(Precision), "pass hk.Precision(...), such as hk.Precision(apply=torch.bfloat16), or None"),
     "skip": (_patterns, 'pass a list of name patterns, such as skip=["head"]'),

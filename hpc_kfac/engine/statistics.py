@@ -11,7 +11,6 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,9 +24,7 @@ from hpc_kfac.layers import Capture, LayerBatch, LayerShape
 from hpc_kfac.linalg.keyed_random import uniform
 from hpc_kfac.methods.method import Method
 from hpc_kfac.notices import Notices, Refused
-from hpc_kfac.options.fisher import OutputDistribution, Uniform
-
-FisherSource = Literal["empirical", "sampled", "exact"]
+from hpc_kfac.options.fisher import FisherSource, OutputDistribution, Uniform
 
 UNDISTURBED = 2
 """After so many statistics steps without a discarded pass, layers are folded while the backward pass goes on."""
@@ -53,6 +50,7 @@ class Collector:
     Attributes:
         passes: micro-batches that went into the statistics of this step, by layer.
         left: layers that no rank takes statistics of in the present step.
+        wanted_by: the method, if it is what chose the Fisher source.
         doubts: tells of what the passes leave in doubt.
         folds: how often statistics were folded; the first time they become the running averages.
 
@@ -86,6 +84,7 @@ class Collector:
         self.doubts = Doubts(capture, notices, micro_batches, getattr(method, "relative_damping", None) is True)
         self.folds = 0
         self.left: frozenset[str] = frozenset()
+        self.wanted_by = ""
         self._undisturbed = 0.0
         capture.keep_output_gradients = fisher == "empirical"
         capture.on_boundary = self._next_micro_batch
@@ -169,8 +168,9 @@ class Collector:
             for name in self._states:
                 self._collect(name)
         elif self._capture.completions and not self._observations:
+            why = f", which {self.wanted_by} wants," if self.wanted_by else ""
             raise Refused(
-                f"fisher={self._fisher!r} takes its statistics in observe(), and step {self._step} had none: call"
+                f"fisher={self._fisher!r}{why} takes its statistics in observe(), and step {self._step} had none: call"
                 " preconditioner.observe(outputs, loss=...) between the forward pass and loss.backward(), or use"
                 " fisher='empirical'"
             )

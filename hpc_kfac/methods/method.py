@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.options.damping import Damping, positive
+from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -144,6 +145,8 @@ class Method(ABC):
     """Whether statistics come from the samples of each rank, or from the averaged gradient alone."""
     refreshed_by_all: ClassVar[bool] = False
     """Whether a refresh takes so little, or nothing, that every rank does its own, and the result is never sent."""
+    wants = Wants()
+    """What it takes for settings that the user leaves open, after its paper; one that says nothing takes K-FAC's."""
 
     def __init_subclass__(cls) -> None:
         """Makes the class known by its name, and completes its docstring by the settings of its parents for help texts.

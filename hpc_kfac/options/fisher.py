@@ -17,6 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+FisherSource = Literal["empirical", "sampled", "exact"]
+"""Where output gradients come from: the labels, labels that are drawn from the model, or all outputs."""
+
 Uniform = Callable[[tuple[int, ...]], Tensor]
 """Draws uniform numbers: the shape of one sample -> [N, *shape] in [0, 1)."""
 

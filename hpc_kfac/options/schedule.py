@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ from torch import Tensor
 from hpc_kfac.distributed.placement import balance
 
 Interval = int | Mapping[int, int]
+
+STATISTICS: Interval = 10
+REFRESH: Mapping[int, int] = {0: 10, 100: 100}
+"""Both intervals where neither the user nor the method has others: what the first batch alone tells of the curvature
+leaves the gradient as it is, and the first factors age fastest."""
 
 NEVER = 2**62
 """A step that no run reaches, and that every file format can hold."""
@@ -123,9 +128,9 @@ class Schedule:
     """Intervals in optimisation steps; the first step always takes statistics and refreshes.
 
     Args:
-        statistics: steps between two folds of statistics into the running averages.
-        refresh: steps between two decompositions; each refresh step takes statistics too. By default every 10 steps
-            up to step 100, every 100 from there on: what the first batch alone tells leaves the gradient as it is.
+        statistics: steps between two folds of statistics into the running averages. None for the method's.
+        refresh: steps between two decompositions; each refresh step takes statistics too. None for the method's. Most
+            methods have 10 steps for both up to step 100, and from there on 100 steps for a refresh.
         spread: so many steps share a refresh, each taking a part of the layers; 1 takes all of them at once.
         lag: steps from the start of a decomposition to the use of its result; 0 waits for it.
         adapt: null, or `Similarity` or `TraceChange` for layers that leave out refreshes by how their factors change.
@@ -138,8 +143,8 @@ class Schedule:
             the next refresh.
     """
 
-    statistics: Interval = 10
-    refresh: Interval = field(default_factory=lambda: {0: 10, 100: 100})
+    statistics: Interval | None = None
+    refresh: Interval | None = None
     spread: int = 1
     lag: int = 0
     adapt: Similarity | TraceChange | None = None
@@ -147,31 +152,42 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("statistics", "refresh"):
             interval = getattr(self, name)
+            if interval is None:
+                continue
             values = interval.values() if isinstance(interval, Mapping) else [interval]
             if isinstance(interval, Mapping) and 0 not in interval:
                 raise ValueError(f"schedule.{name} is {dict(interval)}; give the interval from step 0 on: {{0: 10}}")
             for value in values:
                 if value < 1:
                     raise ValueError(f"schedule.{name} is {value}; an interval is a number of steps, at least 1")
-        gap = _smallest_gap(self.refresh)
-        if not 1 <= self.spread <= gap:
+        known = self.refresh is not None  # else the upper bounds wait for the method's interval
+        gap = _smallest_gap(self.intervals[1])
+        if self.spread < 1 or (known and self.spread > gap):
             raise ValueError(
                 f"schedule.spread is {self.spread} and the shortest time between two refreshes is {gap} steps; "
                 f"give 1 to {gap}, or refresh less often"
             )
-        if not 0 <= self.lag < gap:
+        if self.lag < 0 or (known and self.lag >= gap):
             raise ValueError(
                 f"schedule.lag is {self.lag} and the shortest time between two refreshes is {gap} steps; "
                 f"give 0 to {gap - 1}, or refresh less often"
             )
 
+    @property
+    def intervals(self) -> tuple[Interval, Interval]:
+        """Of statistics and of refreshes; those of most methods for what is open."""
+        return (
+            STATISTICS if self.statistics is None else self.statistics,
+            REFRESH if self.refresh is None else self.refresh,
+        )
+
     def statistics_due(self, step: int) -> bool:
         """Whether the step takes statistics."""
-        return _latest(self.statistics, step) == step or self.refresh_due(step)
+        return _latest(self.intervals[0], step) == step or self.refresh_due(step)
 
     def refresh_due(self, step: int) -> bool:
         """Whether a refresh starts at the step."""
-        return _latest(self.refresh, step) == step
+        return _latest(self.intervals[1], step) == step
 
 
 @dataclass
@@ -210,6 +226,7 @@ class RefreshTimes:
 
     def __init__(self, schedule: Schedule, costs: Mapping[str, float]) -> None:
         self._schedule = schedule
+        self._statistics, self._refresh = schedule.intervals
         turn = balance(costs, range(schedule.spread))
         self._turn = {layer: turn[layer] for layer in costs}
         self._times = {layer: _LayerTimes() for layer in costs}
@@ -229,13 +246,13 @@ class RefreshTimes:
         self._turn |= balance(costs, range(self._schedule.spread))
         for layer in costs:
             times, since = known.get(layer, (_LayerTimes(first=step), -1))
-            if since < 0 or (step > since and _latest(self._schedule.refresh, step - 1) >= since):
+            if since < 0 or (step > since and _latest(self._refresh, step - 1) >= since):
                 times.again = step
             self._times[layer] = times
 
     def statistics_due(self, step: int) -> bool:
         """Whether the step takes statistics: by the interval, for a refresh as it begins, and where one is repeated."""
-        if _latest(self._schedule.statistics, step) == step:
+        if _latest(self._statistics, step) == step:
             return True
         begins = self._schedule.refresh_due(step)
         return any(
@@ -245,7 +262,7 @@ class RefreshTimes:
 
     def starting(self, step: int) -> tuple[str, ...]:
         """The layers whose refresh starts at the step."""
-        begin = _latest(self._schedule.refresh, step)
+        begin = _latest(self._refresh, step)
         return tuple(layer for layer, times in self._times.items() if self._starts(layer, times, step, begin))
 
     def landing(self, step: int) -> tuple[str, ...]:
@@ -283,9 +300,9 @@ class RefreshTimes:
         times = self._times[layer]
         times.started = step
         times.interval, times.previous = adapt.following(change, times.interval, times.previous)
-        times.due = _latest(self._schedule.refresh, step) if times.interval else NEVER
+        times.due = _latest(self._refresh, step) if times.interval else NEVER
         for _ in range(times.interval):
-            times.due = _next(self._schedule.refresh, times.due)
+            times.due = _next(self._refresh, times.due)
 
     def state_dict(self) -> dict[str, Any]:
         """What a restart needs: lists of names and whole numbers."""

@@ -76,8 +76,8 @@ class FixedNorm:
 
     Args:
         norm: of an update's vectors, before the learning rate. With 0.2 a learning rate of 0.1 is a good first try.
-        momentum: weight of the old average of gradients, from 0 up to below 1; 0 keeps none. None is 0.9, and 0 where
-            the optimizer has a momentum.
+        momentum: weight of the old average of gradients, from 0 up to below 1; 0 keeps none. None is the method's,
+            for most 0.9, and 0 where the optimizer has a momentum.
 
     Raises:
         ValueError: a setting out of range.
@@ -91,17 +91,18 @@ class FixedNorm:
         if not 0.0 <= (self.momentum or 0.0) < 1.0:
             raise ValueError(f"momentum is {self.momentum}; give a number from 0 up to below 1")
 
-    def under(self, momentum: float, dampening: float = 0.0) -> FixedNorm:
+    def under(self, momentum: float, dampening: float = 0.0, own: float = 0.9) -> FixedNorm:
         """What to use with an optimizer of this momentum, 0 for none: updates are as much shorter as it adds up.
 
         Args:
             momentum: weight of the optimizer's old velocity, below 1.
             dampening: share of the update that its velocity leaves out; it adds up to (1 - dampening) / (1 - momentum).
+            own: momentum of this rule where neither it nor the optimizer has one, as the method wants it.
 
         Raises:
             ValueError: a momentum or dampening of 1 or more.
         """
-        return _under(self, momentum, dampening)
+        return _under(self, momentum, dampening, own)
 
     def bound(self, update: Tensor, shared: bool, alive: Tensor | None = None) -> Tensor:
         """The update [p, o, a] at its length; the given one may be overwritten. One that is zero stays so.
@@ -115,14 +116,15 @@ class FixedNorm:
 
 
 @lru_cache(maxsize=256)  # asked for every layer in every step
-def _under(control: FixedNorm, momentum: float, dampening: float) -> FixedNorm:
+def _under(control: FixedNorm, momentum: float, dampening: float, own: float) -> FixedNorm:
     for name, value in (("momentum", momentum), ("dampening", dampening)):
         if not value < 1.0:
             raise ValueError(
                 f"the optimizer's {name} is {value}, under which no length of a step follows from"
                 f" {type(control).__name__}; use a {name} below 1, or step_control=None"
             )
-    own = (0.0 if momentum else 0.9) if control.momentum is None else control.momentum
+    if control.momentum is not None or momentum:
+        own = control.momentum or 0.0
     return replace(control, norm=control.norm * (1.0 - momentum) / (1.0 - dampening), momentum=own)
 
 
@@ -137,8 +139,8 @@ class Orthogonal(FixedNorm):
 
     Args:
         norm: of an update's vectors, before the learning rate.
-        momentum: weight of the old average of gradients, from 0 up to below 1; 0 keeps none. None is 0.9, and 0 where
-            the optimizer has a momentum.
+        momentum: weight of the old average of gradients, from 0 up to below 1; 0 keeps none. None is the method's,
+            for most 0.9, and 0 where the optimizer has a momentum.
         iterations: of Newton and Schulz. Muon needs 5; what factors have whitened already is there sooner.
 
     Raises:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from hpc_kfac.distributed import Kaisa
 from hpc_kfac.methods import METHODS
+from hpc_kfac.options.fisher import FisherSource
 from hpc_kfac.options.schedule import Schedule
+from hpc_kfac.options.step_control import StepControl
+from hpc_kfac.options.wants import OPEN, settle
 from hpc_kfac.planning.clocks import Conditions
 from hpc_kfac.planning.forecast import Case, Forecast, forecast
 from hpc_kfac.planning.machine import Machine
@@ -56,13 +60,17 @@ class Choice:
 
     Attributes:
         methods: names; those that are not the run's take their default settings.
-        schedules: intervals.
+        schedules: intervals; what is open in them is the method's.
         precisions: dtypes of payload and application; None for the run's.
+        fisher: source of the output gradients under the other methods; None for what each wants.
+        control: step control under the other methods; "method" for what each wants.
     """
 
     methods: Sequence[str]
     schedules: Sequence[Schedule]
     precisions: Sequence[torch.dtype | None]
+    fisher: FisherSource | None = None
+    control: StepControl | Literal["method"] = OPEN
 
 
 def candidates(
@@ -76,10 +84,11 @@ def candidates(
             yield Candidate("none", "", Case(settings, Kaisa(), choice.schedules[0], ranks, samples))
             continue
         if method != own_method:
-            settings = replace(own, method=METHODS[method]())
+            wanted = settle(METHODS[method], None, choice.fisher, choice.control)
+            settings = replace(own, method=METHODS[method](), fisher=wanted.fisher, control=wanted.step_control)
         assert settings.method is not None
         given = placement.suited(settings.method.refreshed_by_all and own.averaging != "owner")
-        for schedule in choice.schedules:
+        for schedule in (settle(settings.method, schedule).schedule for schedule in choice.schedules):
             for dtype in choice.precisions:
                 if dtype is not None:
                     precision = replace(own.precision, payload=dtype, apply=dtype)

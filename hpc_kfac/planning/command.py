@@ -112,13 +112,20 @@ def _compare(
 ) -> Candidate | None:
     """Prints all configurations of so many ranks; the recommended one."""
     limit, own = given.memory_limit or machine.memory, run.given.parts["method"].name
+    left_open = run.given.left_open()
+    schedule = left_open["schedule"]
     choice = Choice(
         given.methods or [*dict.fromkeys([own, "none"])],
-        [replace(run.schedule, statistics=s, refresh=r) for s, r in given.intervals] or [run.schedule],
+        [replace(schedule, statistics=s, refresh=r) for s, r in given.intervals] or [schedule],
         given.precisions or [None],
+        left_open["fisher"],
+        left_open["step_control"],
     )
     tried = candidates(run.settings, own, run.placement, choice, ranks, samples)
-    found = [evaluate(costs, candidate, machine, conditions) for candidate in tried]
+    try:
+        found = [evaluate(costs, candidate, machine, conditions) for candidate in tried]
+    except ValueError as error:  # a spread or lag that does not go with a method's own intervals
+        raise InputError(f"schedule: {error}") from error
     found.sort(key=lambda c: c.found.seconds if c.found is not None else float("inf"))
     of_each = {c.method: c for c in found if c.found is not None}
     alone = {name: _alone(costs, c, machine, bool(given.local_batch)) for name, c in of_each.items()}

@@ -166,7 +166,7 @@ def _declared(costs: ModelCosts, method: Method, precision: Precision) -> Mappin
 
 def period(schedule: Schedule, problem: Problem) -> Counter[Due]:
     """How often each kind of step comes in one period of the schedule, once its intervals no longer change."""
-    intervals = [_last(schedule.refresh), _last(schedule.statistics)]
+    intervals = [_last(interval) for interval in reversed(schedule.intervals)]
     length = math.lcm(*(interval for _, interval in intervals))
     if length > LONGEST:
         length = intervals[0][1]

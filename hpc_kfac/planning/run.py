@@ -73,7 +73,7 @@ def read_run(arguments: Sequence[str], model: str | None = None) -> Run:
         parts["method"](),
         parts["precision"](),
         control,
-        options.fisher,
+        given.settled.fisher,
         AUTOCAST[options.autocast],
         options.averaging,
         options.accumulation_steps,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,6 +23,8 @@ import hpc_kfac as hk
 from hpc_kfac.checkpoint import Checkpointing
 from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.methods import METHODS
+from hpc_kfac.options.step_control import StepControl
+from hpc_kfac.options.wants import OPEN, Settled, settle
 from hpc_kfac.tasks.tasks import TASKS
 from hpc_kfac.training.optimizers import OPTIMIZERS, SCHEDULES
 
@@ -49,7 +51,8 @@ class RunSettings:
         threads: of torch on each rank; null leaves OMP_NUM_THREADS, or shares the cores between the ranks.
         workers: processes a rank reads data with; 0 reads in the rank itself.
         autocast: precision of the forward pass; fp16 scales the loss.
-        fisher: where curvature comes from: the labels, labels drawn from the model, or all outputs.
+        fisher: where curvature comes from: the labels, labels drawn from the model, or all outputs; null for what the
+            method wants.
         weight_sharing: how a layer's statistics treat positions that share its weights.
         skip: name patterns of layers that are left to the optimizer.
         max_skipped: non-finite gradients in a row that end the run.
@@ -94,7 +97,7 @@ class RunSettings:
     threads: int | None = None
     workers: int = 0
     autocast: Literal["none", "bf16", "fp16"] = "none"
-    fisher: Literal["empirical", "sampled", "exact"] = "empirical"
+    fisher: Literal["empirical", "sampled", "exact"] | None = None
     weight_sharing: Literal["expand", "reduce"] = "expand"
     skip: list[str] = field(default_factory=list)
     max_skipped: int = 10
@@ -208,11 +211,30 @@ class Settings:
         run: settings of the run itself.
         parts: the chosen components, by the keys of `KINDS`.
         resolved: the same as YAML text, every default filled in; a run file of its own.
+        settled: what the method decided of it, for what was left open.
     """
 
     run: RunSettings
     parts: dict[str, Component]
     resolved: str
+    settled: Settled = field(compare=False)
+
+    @property
+    def annotated(self) -> str:
+        """`resolved` with a comment that says what the method decided."""
+        method = self.parts["method"]
+        told = self.settled.told(method.name) if method.make is not None else ""
+        return f"# {told}\n{self.resolved}" if told else self.resolved
+
+    def left_open(self) -> dict[str, Any]:
+        """Schedule, Fisher source and step control as `Preconditioner` takes them, open where the method decides."""
+        by_method = self.settled.from_method
+        open_ = {name: None for name in ("statistics", "refresh") if f"schedule.{name}" in by_method}
+        return {
+            "schedule": replace(self.parts["schedule"](), **open_),
+            "fisher": None if "fisher" in by_method else self.run.fisher,
+            "step_control": OPEN if "step_control" in by_method else self.parts["step_control"](),
+        }
 
     @property
     def helpers(self) -> int:
@@ -233,17 +255,58 @@ def parse(arguments: Sequence[str]) -> Settings:
     """
     arguments = list(arguments)
     document = _read(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else {}
-    names = {key: _name(key, kind, document, arguments) for key, kind in KINDS.items()}
-    makers = {key: kind.find(key, names[key]) for key, kind in KINDS.items()}
-    parser = _parser(names, makers)
+    names: dict[str, str] = {}
+    makers: dict[str, Callable[..., Any] | None] = {}
+    for key, kind in KINDS.items():
+        wants = _method(makers).wants
+        default = _control_name(wants.step_control) if key == "step_control" else kind.default
+        names[key], given = _name(key, default, document, arguments)
+        makers[key] = kind.find(key, names[key])
+        if key == "step_control":
+            wanted = None if given else _fields(wants.step_control)
+    parser = _parser(names, makers, wanted or {})
     try:
         parsed = parser.parse_args(["--config", json.dumps(document), *arguments])
+        settled = _settle(_method(makers), parsed, wanted)
         values = parser.instantiate(parsed)
         run = RunSettings(**{entry.name: values[entry.name] for entry in fields(RunSettings)})
     except (ArgumentError, ValueError, TypeError) as error:
         raise InputError(f"{error}\n  'hpc-kfac train --help' lists the settings with their types.") from error
     parts = {key: Component(key, names[key], makers[key], _settings(values.get(key))) for key in KINDS}
-    return Settings(run, parts, parser.dump(parsed, skip_unset=False))
+    return Settings(run, parts, parser.dump(parsed, skip_unset=False), settled)
+
+
+def _settle(method: type[hk.Method], parsed: Namespace, wanted: dict[str, Any] | None) -> Settled:
+    """Fills what is open in the parsed settings with what the method wants.
+
+    Args:
+        method: chosen.
+        parsed: changed.
+        wanted: settings of the method's step control, unless another one was named.
+
+    Raises:
+        ValueError: intervals, spread or lag that do not go together.
+    """
+    is_open = wanted == _settings(parsed.get("step_control"))
+    settled = settle(method, hk.Schedule(**_settings(parsed["schedule"])), parsed["fisher"], OPEN if is_open else None)
+    parsed["fisher"] = settled.fisher
+    for name in ("statistics", "refresh"):
+        parsed["schedule"][name] = getattr(settled.schedule, name)
+    return settled
+
+
+def _method(makers: Mapping[str, Callable[..., Any] | None]) -> type[hk.Method]:
+    """The chosen method; K-FAC until there is one, and where there is none."""
+    return cast(Any, makers.get("method") or hk.KFAC)
+
+
+def _control_name(control: StepControl) -> str:
+    choices = KINDS["step_control"].choices
+    return next(name for name, make in choices.items() if make is (None if control is None else type(control)))
+
+
+def _fields(control: StepControl) -> dict[str, Any]:
+    return {} if control is None else {entry.name: getattr(control, entry.name) for entry in fields(control)}
 
 
 def _settings(values: Namespace | None) -> dict[str, Any]:
@@ -264,19 +327,23 @@ def _read(path: str) -> dict[str, Any]:
     return document
 
 
-def _name(key: str, kind: Kind, document: dict[str, Any], arguments: list[str]) -> str:
-    """The chosen name; leaves `document` and `arguments` in the form the parser reads: ``key: {name: ..., ...}``."""
+def _name(key: str, default: str, document: dict[str, Any], arguments: list[str]) -> tuple[str, bool]:
+    """The chosen name, and whether it was given.
+
+    Leaves `document` and `arguments` in the form the parser reads: ``key: {name: ..., ...}``.
+    """
     entry = document.get(key, {})
     if entry is None or isinstance(entry, str):
         entry = {"name": entry or "none"}
     if not isinstance(entry, dict):
-        raise InputError(f"{key} is {entry!r}; give a name, or settings as in {key}: {{name: {kind.default}}}")
+        raise InputError(f"{key} is {entry!r}; give a name, or settings as in {key}: {{name: {default}}}")
     overrides = list(_taken(arguments, (f"--{key}", f"--{key}.name")))
-    name = str(overrides[-1] if overrides else entry.get("name", kind.default))
-    if name != entry.get("name", kind.default):
+    given = bool(overrides) or "name" in entry
+    name = str(overrides[-1] if overrides else entry.get("name", default))
+    if name != entry.get("name", default):
         entry = {}  # another choice: the file's settings are not for it
     document[key] = entry | {"name": name}
-    return name
+    return name, given
 
 
 def _taken(arguments: list[str], options: tuple[str, ...]) -> Iterator[str]:
@@ -297,7 +364,9 @@ def _taken(arguments: list[str], options: tuple[str, ...]) -> Iterator[str]:
             raise InputError(f"{option} needs a value")
 
 
-def _parser(names: Mapping[str, str], makers: Mapping[str, Callable[..., Any] | None]) -> ArgumentParser:
+def _parser(
+    names: Mapping[str, str], makers: Mapping[str, Callable[..., Any] | None], control: Mapping[str, Any]
+) -> ArgumentParser:
     parser = ArgumentParser(prog="hpc-kfac train", usage=USAGE, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A further YAML file.")
     parser.add_class_arguments(RunSettings, None, instantiate=False)
@@ -308,6 +377,7 @@ def _parser(names: Mapping[str, str], makers: Mapping[str, Callable[..., Any] | 
             parser.add_class_arguments(make, key, instantiate=False)
         elif make is not None:
             parser.add_function_arguments(make, key, skip={kind.given} if kind.given else set())
+    parser.set_defaults({f"step_control.{name}": value for name, value in control.items()})
     return parser
 
 

@@ -167,7 +167,7 @@ def open_run_folder(
             facts = describe(settings, ranks) | {
                 "hosts": hosts, "devices": devices, "steps": steps, "from_step": step
             }  # fmt: skip
-            replace_file(path / "settings.yaml", settings.resolved)
+            replace_file(path / "settings.yaml", settings.annotated)
             replace_file(path / "run.json", json.dumps(_with_earlier(path / "run.json", facts), indent=2) + "\n")
             replace_file(path / "metrics.jsonl", metrics)
     return RunFolder(path, ranks.rank == 0, settings.run.tensorboard)

@@ -123,7 +123,7 @@ def make_preconditioner(
     method = parts["method"]()
     if method is None:
         return FirstOrder(model, ranks, run.max_skipped)
-    components = {key: parts[key]() for key in ("placement", "schedule", "step_control", "precision")}
+    components = {key: parts[key]() for key in ("placement", "precision")}
     if settings.run.averaging == "owner":  # which is for one grad worker a layer
         components["placement"] = components["placement"].suited(by_all=False)
     try:
@@ -132,7 +132,7 @@ def make_preconditioner(
             optimizer,
             method=method,
             **components,
-            fisher=run.fisher,
+            **settings.left_open(),
             comm=(everyone or ranks).carrier,
             skip=run.skip,
             weight_sharing=run.weight_sharing,

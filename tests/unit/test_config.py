@@ -78,7 +78,7 @@ def test_nested_classes_mappings_and_dtypes(file) -> None:
 def test_run_files_resolve_to_run_files(path: Path, file) -> None:
     first = parse([str(path)])
     again = parse([file(first.resolved)])
-    assert again == Settings(first.run, first.parts, again.resolved)
+    assert again == Settings(first.run, first.parts, again.resolved, again.settled)
     assert again.resolved == first.resolved
     for key in ("method", "placement", "schedule", "step_control", "precision"):
         first.parts[key]()

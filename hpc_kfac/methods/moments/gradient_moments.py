@@ -18,6 +18,8 @@ from hpc_kfac.methods.kronecker.factored import COMPOSE, EIGH
 from hpc_kfac.methods.kronecker.kronecker import Kronecker, mean_or_one
 from hpc_kfac.methods.method import Cost, State, StateSpec
 from hpc_kfac.options.damping import Damping
+from hpc_kfac.options.step_control import FixedNorm
+from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -80,6 +82,12 @@ class Shampoo(GradientMoments):
     """
 
     name: ClassVar[str] = "shampoo"
+    wants = Wants(
+        statistics=1,
+        refresh=10,
+        step_control=FixedNorm(),
+        why="moments of every gradient, roots now and then (Gupta et al. 2018; Anil et al. 2020)",
+    )
     damping: float | Damping | None = 1e-4
     relative_damping: bool | None = True
     graft: Literal["none", "sgd", "rmsprop", "adagrad"] = "none"

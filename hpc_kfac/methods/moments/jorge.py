@@ -14,6 +14,7 @@ from hpc_kfac.methods.kronecker.kronecker import mean_or_one
 from hpc_kfac.methods.method import Cost, State
 from hpc_kfac.methods.moments.gradient_moments import Shampoo
 from hpc_kfac.options.damping import Damping
+from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerShape
@@ -42,6 +43,9 @@ class Jorge(Shampoo):
     """
 
     name: ClassVar[str] = "jorge"
+    wants = Wants(
+        refresh=10, why="M follows the latest gradient alone; with one of every step it diverged on the digits"
+    )
     damping: float | Damping | None = 1.0
     decay: float = 0.9
     graft: Literal["none", "sgd", "rmsprop", "adagrad"] = "sgd"

@@ -12,6 +12,8 @@ from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.kronecker.factored import EIGH
 from hpc_kfac.methods.method import Cost, State, StateSpec
 from hpc_kfac.methods.moments.gradient_moments import GradientMoments
+from hpc_kfac.options.step_control import FixedNorm
+from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerShape
@@ -51,6 +53,12 @@ class SOAP(GradientMoments):
     """
 
     name: ClassVar[str] = "soap"
+    wants = Wants(
+        statistics=1,
+        refresh=10,
+        step_control=FixedNorm(),
+        why="Adam's moments of every gradient, bases every 10 steps (Vyas et al. 2024)",
+    )
     moments_of: Literal["samples", "batch"] = "samples"
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:

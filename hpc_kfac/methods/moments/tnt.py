@@ -10,6 +10,7 @@ from torch import Tensor
 from hpc_kfac.methods.kronecker.kfac import KFAC
 from hpc_kfac.methods.kronecker.tkfac import Paired
 from hpc_kfac.methods.method import Over, State, Terms
+from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -25,6 +26,10 @@ class TNT(Paired, KFAC):
     """
 
     name: ClassVar[str] = "tnt"
+    wants = Wants(
+        fisher="sampled",
+        why="the covariance of gradients of sampled labels, whose mean vanishes (Ren & Goldfarb 2021)",
+    )
 
     def over(self, side: str, shape: LayerShape) -> Over:
         return "terms"

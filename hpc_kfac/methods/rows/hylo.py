@@ -15,6 +15,8 @@ from hpc_kfac.methods.method import State, StateSpec, Terms
 from hpc_kfac.methods.rows.sample_matrix import SampleMatrix, row_kernel, row_products
 from hpc_kfac.methods.rows.sample_rows import output_weights, rank_terms, row_scale
 from hpc_kfac.options.damping import as_damping
+from hpc_kfac.options.schedule import REFRESH
+from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -52,6 +54,9 @@ class HyLo(SampleMatrix):
     """
 
     name: ClassVar[str] = "hylo"
+    wants = Wants(
+        statistics=dict(REFRESH), why="a refresh every 100 steps (Mu et al. 2022); rows in between are of no use"
+    )
     rows: int = 16
     select: Literal["kid", "kis", "switch"] = "switch"
     switch_above: float = 0.1

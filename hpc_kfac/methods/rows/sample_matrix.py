@@ -12,6 +12,7 @@ from hpc_kfac.linalg.solve import multiply, woodbury_inverse
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, State, StateSpec
 from hpc_kfac.methods.rows.sample_rows import SampleRows, output_weights
+from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerShape
@@ -30,6 +31,11 @@ class SampleMatrix(SampleRows):
     """
 
     name: ClassVar[str] = "sample_matrix"
+    wants = Wants(
+        statistics=10,
+        refresh=10,
+        why="rows in between are of no use; each step's own, as in Ren & Goldfarb 2019, fit its noise",
+    )
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
         return (*self.row_specs(shape), *self.kernel_specs(shape, {"X": shape.inputs, "R": shape.outputs}))

@@ -15,6 +15,7 @@ from hpc_kfac.methods.method import Cost, State, StateSpec
 from hpc_kfac.methods.rows.sample_matrix import row_kernel
 from hpc_kfac.methods.rows.sample_rows import SampleRows, output_weights, row_scale
 from hpc_kfac.options.damping import Damping
+from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -42,6 +43,11 @@ class SENG(SampleRows):
     """
 
     name: ClassVar[str] = "seng"
+    wants = Wants(
+        statistics={0: 10, 100: 200},
+        refresh={0: 10, 100: 200},
+        why="a refresh every 200 steps (Yang et al. 2022); rows in between are of no use",
+    )
     damping: float | Damping | None = 0.3
     rows: int = 32
     explicit_below: int = 700_000

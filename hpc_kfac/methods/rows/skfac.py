@@ -14,6 +14,8 @@ from hpc_kfac.methods.kronecker.kronecker import mean_or_one
 from hpc_kfac.methods.method import Cost, State, StateSpec
 from hpc_kfac.methods.rows.sample_rows import SampleRows, input_weights, output_weights
 from hpc_kfac.options.damping import Damping
+from hpc_kfac.options.schedule import REFRESH
+from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerShape
@@ -35,6 +37,7 @@ class SKFAC(SampleRows):
     """
 
     name: ClassVar[str] = "skfac"
+    wants = Wants(statistics=dict(REFRESH), why="rows are replaced, so those between two refreshes are of no use")
     damping: float | Damping | None = None
     relative_damping: bool | None = None
 

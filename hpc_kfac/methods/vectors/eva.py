@@ -12,6 +12,7 @@ from hpc_kfac.linalg.solve import require_finite
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, Method, State, StateSpec
 from hpc_kfac.options.damping import Damping
+from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -33,6 +34,7 @@ class Eva(Method):
     """
 
     name: ClassVar[str] = "eva"
+    wants = Wants(statistics=1, refresh=1, why="means of every step; there is nothing to decompose (Zhang et al. 2023)")
     refreshed_by_all: ClassVar[bool] = True
     damping: float | Damping = 0.03
     decay: float = 0.95

@@ -14,6 +14,7 @@ from hpc_kfac.linalg.solve import require_finite
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, Method, State, StateSpec
 from hpc_kfac.options.damping import Damping
+from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -45,6 +46,9 @@ class MKOR(Method):
     """
 
     name: ClassVar[str] = "mkor"
+    wants = Wants(
+        refresh=10, why="an update takes a^2 + o^2 operations, and so one every 10 steps (Mozaffari et al. 2023)"
+    )
     damping: float | Damping = 0.05
     memory: float = 0.95
     rule: Literal["exact", "code", "printed"] = "exact"
