@@ -6,7 +6,7 @@ python docs/method_table.py > docs/method-table.md
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -32,6 +32,13 @@ Written by `python docs/method_table.py`, from the state tables, plans and cost 
 linear layer of {A - 1} inputs and a bias (a = {A}) and o = {O} outputs, float32, {RANKS} ranks that all work on the
 layer; default settings. Numbers are those of one rank; traffic is the payload of a message, without the gradient's own
 {A * O * 4 / 1e6:.1f} MB. Flops are for one row of a batch, one refresh on the rank that does it, and one gradient."""
+
+
+WANTED = """## What each wants
+
+What a method takes for what its user leaves open: steps between two folds of statistics and between two refreshes, the
+Fisher source (none for a method that reads averaged gradients), and the step control, whose momentum is 0 under an
+optimizer that has one."""
 
 
 def problem(method: Method, placement: hk.Kaisa, shape: LayerShape = SHAPE) -> Problem:
@@ -98,9 +105,29 @@ def ideas() -> Iterator[str]:
         yield f"| `{name}` | `{make.__name__}` | {summary} |"
 
 
+def wanted() -> Iterator[str]:
+    yield "| method | statistics | refresh | Fisher | step control | why |"
+    yield "|---" * 6 + "|"
+    for name, make in METHODS.items():
+        wants = make.wants
+        fisher = wants.fisher if make.reads == "samples" else "-"
+        intervals = " | ".join(interval_of(interval) for interval in (wants.statistics, wants.refresh))
+        control = type(wants.step_control).__name__ if wants.step_control is not None else "none"
+        why = wants.why or "the common default"
+        yield f"| `{name}` | {intervals} | {fisher} | `{control}`, momentum {wants.momentum} | {why} |"
+
+
+def interval_of(interval: int | Mapping[int, int]) -> str:
+    """In words."""
+    if isinstance(interval, Mapping):
+        return ", ".join(f"{every} from step {start} on" if start else f"{every}" for start, every in interval.items())
+    return str(interval)
+
+
 def document() -> str:
     """The whole page."""
-    parts = [HEAD, "\n".join(ideas()), "## State, traffic and arithmetic", "\n".join(costs())]
+    parts = [HEAD, "\n".join(ideas()), WANTED, "\n".join(wanted())]
+    parts += ["## State, traffic and arithmetic", "\n".join(costs())]
     return "\n\n".join([*parts, "## Placements", "\n".join(placements())])
 
 

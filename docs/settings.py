@@ -41,11 +41,19 @@ def table(make: Callable[..., Any], given: str | None = None) -> str:
     return "\n".join(["| setting | type | default | meaning |", "|---|---|---|---|", *body]) if body else "No settings."
 
 
+def default_of(key: str) -> str:
+    """What is taken where none is named."""
+    if key == "step_control":
+        return "what the method wants (`method-table.md`), `orthogonal` for most"
+    return f"`{KINDS[key].default}`"
+
+
 def document() -> str:
     """The whole page."""
     parts = [HEAD, "## The run itself", table(RunSettings)]
     for key, kind in KINDS.items():
-        parts.append(f"## {key}\n\nOne of {', '.join(f'`{name}`' for name in kind.choices)}; default `{kind.default}`.")
+        choices = ", ".join(f"`{name}`" for name in kind.choices)
+        parts.append(f"## {key}\n\nOne of {choices}; default {default_of(key)}.")
         for name, make in kind.choices.items():
             if make is not None:
                 summary = parse(inspect.getdoc(make) or "").short_description or ""

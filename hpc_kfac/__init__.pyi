@@ -21,6 +21,7 @@ from .options.damping import AnnealedDamping, Damping, LevenbergMarquardt, Sched
 from .options.fisher import BinaryCrossEntropy, CrossEntropy, OutputDistribution, SquaredError
 from .options.schedule import Schedule, Similarity, TraceChange
 from .options.step_control import FixedNorm, KLClip, Orthogonal, TrustRegion
+from .options.wants import Wants
 from .owner_optimizer import OwnerOptimizer
 from .preconditioner import Preconditioner, TrainingDiverged
 
@@ -67,6 +68,7 @@ __all__ = [
     "TrainingDiverged",
     "TrustRegion",
     "Use",
+    "Wants",
     "WeightsDiffer",
     "register_layer",
 ]

@@ -43,7 +43,8 @@ def made(**settings: Any) -> tuple[Headed, torch.optim.SGD, hk.Preconditioner]:
 @pytest.mark.parametrize("name", hk.METHODS)
 def test_a_layer_without_statistics_takes_its_plain_gradient(name: str, schedule: hk.Schedule, first: int) -> None:
     """The unused head has none, and of an empty batch there are none of any layer."""
-    model, optimizer, preconditioner = made(method=hk.METHODS[name](), schedule=schedule, step_control=None)
+    settings = {"schedule": schedule, "step_control": None, "fisher": "empirical"}
+    model, optimizer, preconditioner = made(method=hk.METHODS[name](), **settings)
     for samples in (first, 0, 16):
         x, labels = batch(samples)
         optimizer.zero_grad()

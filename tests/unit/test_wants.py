@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hpc_kfac.methods.mkor import MKOR
-from hpc_kfac.methods.tnt import TNT
 from hpc_kfac.training.changes import compare
-from hpc_kfac.training.launch import InputError, Ranks
 from torch import Tensor, nn
 
 import hpc_kfac as hk
+from hpc_kfac.cluster.ranks import InputError, Ranks
 from hpc_kfac.compare.contenders import ours
 from hpc_kfac.methods.method import NAMED
+from hpc_kfac.methods.moments.tnt import TNT
+from hpc_kfac.methods.vectors.mkor import MKOR
 from hpc_kfac.options.wants import Wants
 from hpc_kfac.planning.candidates import Choice, candidates
 from hpc_kfac.planning.run import read_run

@@ -12,7 +12,6 @@ from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.kronecker.factored import EIGH
 from hpc_kfac.methods.kronecker.kronecker import Kronecker, eigenvalue_grid
 from hpc_kfac.methods.method import Cost, State, StateSpec, Terms
-from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
@@ -43,9 +42,6 @@ class EKFAC(Kronecker):
     """
 
     name: ClassVar[str] = "ekfac"
-    wants = Wants(
-        statistics=1, why="s of every step, bases seldom: what the method is about (George et al. 2018, algorithm 1)"
-    )
     moments_of: Literal["samples", "batch"] = "samples"
 
     def __post_init__(self) -> None:

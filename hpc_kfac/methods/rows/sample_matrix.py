@@ -12,6 +12,7 @@ from hpc_kfac.linalg.solve import multiply, woodbury_inverse
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, State, StateSpec
 from hpc_kfac.methods.rows.sample_rows import SampleRows, output_weights
+from hpc_kfac.options.schedule import REFRESH
 from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
@@ -32,9 +33,8 @@ class SampleMatrix(SampleRows):
 
     name: ClassVar[str] = "sample_matrix"
     wants = Wants(
-        statistics=10,
-        refresh=10,
-        why="rows in between are of no use; each step's own, as in Ren & Goldfarb 2019, fit its noise",
+        statistics=dict(REFRESH),
+        why="rows between refreshes are of no use; each step's own, as in Ren & Goldfarb 2019, fit its noise",
     )
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
