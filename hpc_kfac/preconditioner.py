@@ -410,7 +410,10 @@ class Preconditioner:
             staleness=self._staleness(),
             scalars=agreed.scalars,
             layers=agreed.layers,
+            uphill=agreed.uphill,
         )
+        if report.uphill and report.applied:
+            self._tell_uphill(report)
         if controls and report.applied:
             self._even_out(rules)
         self._watch.written(report.applied, self._is_linear, report.statistics)
@@ -747,6 +750,17 @@ class Preconditioner:
                 gradient = self.capture.layers[name].parameters[1].grad
                 if gradient is not None:
                     gradient.div_(rule.bias)
+
+    def _tell_uphill(self, report: StepReport) -> None:
+        first, more = report.uphill[0], len(report.uphill) - 1
+        self.notices.once(
+            "uphill",
+            f"step {self.steps}: the update of layer {first!r}{f' and {more} more' if more else ''} by"
+            f" {type(self.method).__name__} pointed uphill (its product with the gradient is below 0, at damping"
+            f" {report.damping:g}); the layer takes its gradient whenever that is so, and StepReport.uphill names it."
+            " Rounding and approximate solves do that: raise the damping, or give"
+            " precision=hk.Precision(solve=torch.float64)",
+        )
 
     def _check_alike(self, settings: Mapping[str, Any]) -> None:
         try:

@@ -14,10 +14,10 @@ from hpc_kfac.distributed.communicator import Communicator
 from hpc_kfac.engine.state import StepInputs
 from hpc_kfac.engine.step_report import LayerReport
 from hpc_kfac.layers import CapturedLayer
-from hpc_kfac.linalg.scaling import size_of
+from hpc_kfac.linalg.scaling import at_norm, size_of
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.notices import Refused
-from hpc_kfac.options.step_control import KLClip, StepControl
+from hpc_kfac.options.step_control import FixedNorm, KLClip, StepControl
 
 LESS = 2.0**-64
 """What <U, D> is measured times: sums of squares of 1e28 are finite then, and what vanishes is far below any bound."""
@@ -29,17 +29,19 @@ FIXED = 10
 model has changed; ranks with a gradient to compare, its amount and the square of that; the optimizer's rates and the
 square of that; a number for the names of the caller's numbers. What all N ranks have alike has N times the sum of
 squares for the square of its sum."""
+NAMES = 52
+"""Layers whose names one number carries, a bit each: sums of so many powers of two are exact in float64."""
 GRADIENTS, RATES = 1e-3, 1e-5
 """Relative standard deviations over the ranks from which on they differ; gradients may be rounded after averaging."""
 
 
 def numbers(layers: int, control: StepControl) -> int:
-    """How many numbers an ordinary step reduces: under a clip also <U, D> of every layer.
+    """How many numbers an ordinary step reduces: which layers' updates pointed uphill, and under a clip all <U, D>.
 
     Each comes from the layer's owner alone, so that the sum over layers is taken in their order on every rank: summed
     over ranks, it would be rounded differently for each way of placing layers on ranks.
     """
-    return FIXED + (layers if isinstance(control, KLClip) else 0)
+    return FIXED + -(-layers // NAMES) + (layers if isinstance(control, KLClip) else 0)
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Agreed:
         layers: reports, where asked for.
         changed: some rank has found the model changed.
         differing: what the ranks do not have alike: "gradients", "optimizers" or nothing.
+        uphill: layers whose update pointed uphill.
     """
 
     applied: bool
@@ -67,6 +70,7 @@ class Agreed:
     layers: dict[str, LayerReport] = field(default_factory=dict)
     changed: bool = False
     differing: str = ""
+    uphill: tuple[str, ...] = ()
 
 
 class Agreement:
@@ -112,11 +116,15 @@ class Agreement:
         self._others = [p for p in parameters if id(p) not in captured]
         self._captured = [p for p in parameters if id(p) in captured]
         # Of what each layer is given, each other gradient and the witness: squares would overflow long before sums.
-        self._sums = self._products.new_zeros(len(self._layers) + len(self._others) + 1)
+        # Behind them, whether each layer's update pointed uphill: what is asked of the device is asked at once.
+        self._sums = self._products.new_zeros(2 * len(self._layers) + len(self._others) + 1)
         self.witness = min(self._captured, key=torch.numel, default=None)
         self.amount = math.nan
         self._entries = self._sums.unbind()
         self._entry = dict(zip(self._layers, self._entries, strict=False))
+        self._witnessed = len(self._layers) + len(self._others)
+        self._uphill = self._sums[self._witnessed + 1 :]
+        self._flag = dict(zip(self._layers, self._uphill.split(1), strict=True))
         self._limits = {name: _limit(layer) for name, layer in self._layers.items()}
 
     def size(self, inputs: StepInputs, changes: Sequence[str]) -> int:
@@ -127,17 +135,40 @@ class Agreement:
     def start_step(self) -> None:
         """Looks at the averaged gradients, which are still there."""
         self._measured.clear()
+        self._uphill.zero_()
         gradient = None if self.witness is None else self.witness.grad
         if self._comm.size == 1 or gradient is None or gradient.is_sparse:
-            self._entries[-1].fill_(math.nan)
+            self._entries[self._witnessed].fill_(math.nan)
         else:
-            _amount(gradient, self._entries[-1])
+            _amount(gradient, self._entries[self._witnessed])
 
-    def measure(self, name: str, update: Tensor, gradient: Tensor) -> None:
-        """Notes <U, D> of a layer that this rank preconditions; needed where the control asks for it."""
-        if isinstance(self._control, KLClip):
+    def downhill(self, name: str, update: Tensor, gradient: Tensor, control: FixedNorm | None) -> Tensor:
+        """The update U of a layer, or the gradient D where <U, D> is below 0, which is noted; no device is asked.
+
+        Args:
+            name: of the layer.
+            update: [p, o, a], at its length.
+            gradient: what was preconditioned; overwritten under a length rule, where it takes the update's length.
+            control: the layer's length rule; None for none.
+        """
+        self._measure(name, update, gradient, control)
+        product, flag = self._rows[name][0], self._flag[name]
+        if update is gradient or (product.device.type == "cpu" and not product.item() < 0):
+            return update
+        flag.copy_(product < 0)
+        if control is not None:  # both are at the same length, but for the layer's singular values
+            length = torch.linalg.vector_norm(update)
+            gradient = at_norm(gradient, factor=length.view(1))
+        update = torch.where(flag > 0, gradient, update)
+        self._measure(name, update, gradient, control)
+        return update
+
+    def _measure(self, name: str, update: Tensor, gradient: Tensor, control: FixedNorm | None) -> None:
+        """Notes <U, D>; without a length rule times `LESS`."""
+        if control is None:
             less = self._work.number("less", LESS, gradient.dtype, gradient.device)
-            _dot(update, torch.mul(gradient, less, out=self._work.like("scaled", gradient)), self._rows[name][0])
+            gradient = torch.mul(gradient, less, out=self._work.like("scaled", gradient))
+        _dot(update, gradient, self._rows[name][0])
 
     def describe(self, name: str, update: Tensor, gradient: Tensor, share: Tensor | float) -> None:
         """Notes cosine and curvature share, on logged steps alone, for any size of the numbers.
@@ -187,7 +218,8 @@ class Agreement:
         bounded: dict[str, float] = {}
         if clip is not None:
             bounded = {name: clip.weight(inputs.learning_rates[name]) / LESS * products[name][0] for name in owned}
-        finite = self._finite() and all(math.isfinite(value) for value in bounded.values())
+        finite, uphill = self._looked_at()
+        finite = finite and all(math.isfinite(value) for value in bounded.values())
         values = [float(not finite), refreshed, float(failures), float(inputs.changed)]
         seen = self.amount if math.isfinite(self.amount) else 0.0
         values += [float(math.isfinite(self.amount)), seen, seen**2, inputs.rates, inputs.rates**2, asked]
@@ -201,6 +233,8 @@ class Agreement:
             for name in self._layers:  # the gradient of one that was left as it is has a cosine of 1 with itself
                 left = [0.0, float(self._owned[name]), 0.0, 0.0, 0.0]
                 values += products[name] if name in owned else left
+        first_name = len(values)
+        values += self._names([name in owned and name in uphill for name in self._layers])
         totals = self._sum(values)
         if totals[9] != self._comm.size * asked:
             raise Refused("ranks differ in the names of step(scalars=...) or in log: give all the same")
@@ -222,6 +256,7 @@ class Agreement:
             changes={name: value - 1.0 for name, value in found if value > 0},
             changed=totals[3] > 0,
             differing=differing,
+            uphill=self._named(totals[first_name:]),
             layers=self._reports(totals[first_log:], scale) if inputs.log else {},
         )
 
@@ -244,17 +279,33 @@ class Agreement:
             self._comm.monitor.steps += 1
         return vector.tolist()
 
-    def _finite(self) -> bool:
-        """Whether all that was written is, and what is left to the optimizer; a bad one of this rank alone counts."""
-        for parameter, entry in zip(self._others, self._entries[len(self._layers) : -1], strict=True):
+    @staticmethod
+    def _names(marked: Sequence[bool]) -> list[float]:
+        """The marked ones of the layers as numbers, `NAMES` layers in each."""
+        words = range(0, len(marked), NAMES)
+        return [float(sum(2**bit for bit, mark in enumerate(marked[i : i + NAMES]) if mark)) for i in words]
+
+    def _named(self, words: Sequence[float]) -> tuple[str, ...]:
+        """The layers that `_names` has marked."""
+        return tuple(name for i, name in enumerate(self._layers) if int(words[i // NAMES]) >> i % NAMES & 1)
+
+    def _looked_at(self) -> tuple[bool, set[str]]:
+        """Whether all is finite that was written or is left to the optimizer, and which updates pointed uphill.
+
+        A gradient that is not finite on this rank alone counts.
+        """
+        for parameter, entry in zip(self._others, self._entries[len(self._layers) : self._witnessed], strict=True):
             if parameter.grad is None:
                 entry.zero_()
             else:
                 _amount(parameter.grad, entry)
-        *largest, self.amount = self._sums.tolist()
+        seen = self._sums.tolist()
+        largest, self.amount = seen[: self._witnessed], seen[self._witnessed]
+        uphill = {name for name, flag in zip(self._layers, seen[self._witnessed + 1 :], strict=True) if flag > 0}
         written = dict(zip(self._layers, largest, strict=False))
         others = largest[len(self._layers) :]
-        return all(map(math.isfinite, others)) and all(written[n] < self._limits[n] for n in self._measured)
+        finite = all(map(math.isfinite, others)) and all(written[n] < self._limits[n] for n in self._measured)
+        return finite, uphill
 
     def _differing(self, totals: Sequence[float]) -> str:
         """What the ranks do not have alike, by the sums of numbers and squares."""

@@ -376,11 +376,11 @@ class Executor:
         ready = self._is_ready(name, view)
         if ready:
             update = self._problem.method.precondition(gradient, view, shape, self._inputs.damping, self._workspace)
-        self.agreement.measure(name, update, gradient)
         if self._inputs.log:
             self.agreement.describe(name, update, gradient, self._share(name, view, update, ready))
         if control is not None:
             update = control.bound(update, layer.shared, state.momentum.get("alive"))
+        update = self.agreement.downhill(name, update, gradient, control)
         if self._inputs.log:
             begun = state.refreshed.values()
             self.agreement.measure_size(name, update, self._inputs.number - min(begun) if begun else 0)

@@ -39,6 +39,8 @@ class StepReport:
         staleness: most steps since the decomposition of a solved form in use began; 0 before there is one.
         scalars: sums over ranks of the scalars given to the step.
         layers: by layer name, only when asked for.
+        uphill: layers whose update U pointed uphill, <U, D> < 0 with the gradient D that was preconditioned, and that
+            took D in its place.
     """
 
     applied: bool
@@ -50,3 +52,4 @@ class StepReport:
     staleness: int
     scalars: dict[str, float]
     layers: dict[str, LayerReport]
+    uphill: tuple[str, ...] = ()

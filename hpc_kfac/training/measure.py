@@ -175,7 +175,7 @@ def figures(sums: Mapping[str, float], prefix: str) -> dict[str, float]:
     return found
 
 
-COUNTS = ("steps", "skipped", "failures", "samples")
+COUNTS = ("steps", "skipped", "failures", "uphill", "samples")
 
 
 class Interval:
@@ -187,7 +187,7 @@ class Interval:
 
     def __init__(self, started: float = 0.0) -> None:
         self.started = started
-        self.steps = self.skipped = self.failures = self.samples = 0
+        self.steps = self.skipped = self.failures = self.uphill = self.samples = 0
         self.sums = Sums()
 
     def add(self, report: StepReport, samples: int) -> None:
@@ -196,6 +196,7 @@ class Interval:
         self.samples += samples
         self.skipped += not report.applied
         self.failures += report.failures
+        self.uphill += len(report.uphill)
         self.sums.add(report.scalars)
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,6 +218,7 @@ class Interval:
             "loss": self.sums["objective"] / self.sums["terms"] if self.sums["terms"] else None,
             **{name: value for name, value in found.items() if name != "train_loss"},
             "skipped": self.skipped,
+            "uphill": self.uphill,
             "step_seconds": elapsed / self.steps,
             "samples_per_second": self.samples / elapsed,
         }
