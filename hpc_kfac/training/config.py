@@ -36,7 +36,7 @@ class RunSettings:
     """Settings of the run itself.
 
     Args:
-        name: name of the run folder; null takes the task's.
+        name: name of the run folder; null takes the run file's, or without one the task's.
         epochs: passes over the training set.
         max_steps: ends the run after so many optimisation steps.
         max_seconds: ends the run after so many seconds of training.
@@ -212,12 +212,14 @@ class Settings:
         parts: the chosen components, by the keys of `KINDS`.
         resolved: the same as YAML text, every default filled in; a run file of its own.
         settled: what the method decided of it, for what was left open.
+        file: name of the run file that was read, without its ending; empty without one.
     """
 
     run: RunSettings
     parts: dict[str, Component]
     resolved: str
     settled: Settled = field(compare=False)
+    file: str = ""
 
     @property
     def annotated(self) -> str:
@@ -243,7 +245,12 @@ class Settings:
 
     @property
     def name(self) -> str:
-        return self.run.name or self.parts["task"].name.rpartition(".")[2]
+        """Of the run's folder: as given, else the run file's, else the task's."""
+        return self.run.name or self.file or self.task_name
+
+    @property
+    def task_name(self) -> str:
+        return self.parts["task"].name.rpartition(".")[2]
 
 
 def parse(arguments: Sequence[str]) -> Settings:
@@ -254,7 +261,8 @@ def parse(arguments: Sequence[str]) -> Settings:
         SystemExit: after ``--help`` and ``--print_config``.
     """
     arguments = list(arguments)
-    document = _read(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else {}
+    path = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    document = {} if path is None else _read(path)
     names: dict[str, str] = {}
     makers: dict[str, Callable[..., Any] | None] = {}
     for key, kind in KINDS.items():
@@ -273,7 +281,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     except (ArgumentError, ValueError, TypeError) as error:
         raise InputError(f"{error}\n  'hpc-kfac train --help' lists the settings with their types.") from error
     parts = {key: Component(key, names[key], makers[key], _settings(values.get(key))) for key in KINDS}
-    return Settings(run, parts, parser.dump(parsed, skip_unset=False), settled)
+    return Settings(run, parts, parser.dump(parsed, skip_unset=False), settled, "" if path is None else Path(path).stem)
 
 
 def _settle(method: type[hk.Method], parsed: Namespace, wanted: dict[str, Any] | None) -> Settled:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from hpc_kfac.checkpoint import BrokenCheckpoint, Saved, find, newest
 from hpc_kfac.checkpoint.sets import clean
 from hpc_kfac.cluster.errors import InputError
@@ -14,7 +16,7 @@ from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.distributed import lent
 from hpc_kfac.training.config import Settings
 from hpc_kfac.training.run_folder import DONE
-from hpc_kfac.training.settings_changes import compare
+from hpc_kfac.training.settings_changes import Changes, compare
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,46 @@ def _look(settings: Settings) -> Start:
         if not Path(resume).exists():
             raise InputError(f"resume is {resume}, which is not there; give auto, never, or a run folder or checkpoint")
         return Start(source=Path(resume))
-    folder = Path(settings.run.run_dir) / settings.name
+    folder = _own_folder(settings)
     done = folder / DONE
     if done.exists():
+        _check_same_run(folder, settings)
         return Start(folder, finished=_done_text(done))
     return Start(folder, folder / "checkpoints")
+
+
+def _own_folder(settings: Settings) -> Path:
+    """The run's folder; one of an earlier version had the task's name, and is gone on with if it is this run's."""
+    runs = Path(settings.run.run_dir)
+    folder, earlier = runs / settings.name, runs / settings.task_name
+    if settings.run.name is None and not folder.exists() and earlier.exists():
+        differences = _differences(earlier, settings)
+        if differences is not None and not differences.contradictory + differences.taken:
+            return earlier
+    return folder
+
+
+def _check_same_run(folder: Path, settings: Settings) -> None:
+    """Refuses to take a run that has ended for another one.
+
+    Raises:
+        InputError: its settings differ.
+    """
+    differences = _differences(folder, settings)
+    lines = [] if differences is None else differences.contradictory + differences.taken
+    if lines:
+        raise InputError(
+            f"the run in {folder} has ended, and its settings are not these:\n  " + "\n  ".join(lines)
+            + f"\nGive this run a --name of its own, or go on from there with --resume {folder}."
+        )  # fmt: skip
+
+
+def _differences(folder: Path, settings: Settings) -> Changes | None:
+    """Between a run's settings and these; None where it has left none."""
+    try:
+        return compare((folder / "settings.yaml").read_text(), settings.resolved)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
 
 
 def _done_text(done: Path) -> str:
@@ -105,6 +142,7 @@ def load_start(start: Start, settings: Settings, ranks: Ranks, say: Callable[[st
                 f"{saved.path} cannot be gone on from:\n  " + "\n  ".join(changes.contradictory)
                 + "\nUse the checkpoint's settings, or take its weights alone with --init-from."
             )  # fmt: skip
-    if changes.taken and ranks.rank == 0:
-        say("Settings that have changed since: " + "; ".join(changes.taken))
+    changed = changes.taken + changes.unknown
+    if changed and ranks.rank == 0:
+        say("Settings that have changed since: " + "; ".join(changed))
     return saved

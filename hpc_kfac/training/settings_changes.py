@@ -26,16 +26,20 @@ class Changes:
     Attributes:
         contradictory: the run cannot go on with these.
         taken: the new value holds from here on.
+        unknown: only one side has it, which is of another version.
     """
 
     contradictory: list[str] = field(default_factory=list)
     taken: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
     def add(self, key: str, saved: Any, present: Any, contradicts: bool) -> None:
-        """Notes a difference, if it is one. What only one side knows is of another version and no contradiction."""
+        """Notes a difference, if it is one."""
         if saved == present:
             return
-        if contradicts and NOT_THERE not in (saved, present):
+        if NOT_THERE in (saved, present):
+            self.unknown.append(f"{key}: {_shown(saved)} -> {_shown(present)}")
+        elif contradicts:
             self.contradictory.append(f"{key}: the checkpoint has {_shown(saved)}, the settings say {_shown(present)}")
         else:
             self.taken.append(f"{key}: {_shown(saved)} -> {_shown(present)}")

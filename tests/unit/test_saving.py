@@ -77,6 +77,28 @@ def test_an_ended_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
+def test_an_ended_run_is_not_taken_for_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path, "--epochs", "1") == 0
+    assert train(tmp_path, "--epochs", "1", "--optimizer.lr", "0.3") == 2
+    said = capsys.readouterr().err
+    assert "has ended, and its settings are not these:\n  optimizer.lr: 0.1 -> 0.3\nGive this run a --name" in said
+
+
+def test_two_run_files_of_a_task_have_folders_of_their_own(tmp_path: Path) -> None:
+    words = ["--max_steps", "2", "--run_dir", str(tmp_path / "logs"), "--resume", "auto", "--progress", "lines"]
+    for name, rate in (("short", 0.1), ("long", 0.2)):
+        (tmp_path / f"{name}.yaml").write_text(f"task: {{name: digits, model: mlp}}\noptimizer: {{lr: {rate}}}\n")
+        assert cli.main(["train", str(tmp_path / f"{name}.yaml"), *words]) == 0
+    assert all((tmp_path / "logs" / name / "done.json").exists() for name in ("short", "long"))
+    assert cli.main(["train", str(tmp_path / "short.yaml"), *words]) == 0
+    # A run of before, whose folder has the task's name, is still the run of its file and of no other.
+    (tmp_path / "logs" / "short").rename(tmp_path / "logs" / "digits")
+    (tmp_path / "logs" / "long").rename(tmp_path / "logs" / "kept")
+    for name in ("short", "long"):
+        assert cli.main(["train", str(tmp_path / f"{name}.yaml"), *words]) == 0
+    assert not (tmp_path / "logs" / "short").exists() and (tmp_path / "logs" / "long").exists()
+
+
 def test_more_epochs_from_the_folder_of_an_ended_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "a", "--epochs", "1") == 0
     assert train(tmp_path / "b", "--epochs", "2", resume=str(tmp_path / "a" / "run")) == 0
