@@ -1,6 +1,8 @@
 """Checkpoint and restart: a run that is stopped and goes on ends with the same bits as one that is not.
 
-python examples/checkpoint_and_restart.py        # under mpirun as well: then give comm= and call save and load on all ranks
+python examples/checkpoint_and_restart.py
+
+On several ranks give the preconditioner comm=, and call save and load on all of them.
 """
 
 import tempfile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import runpy
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import hpc_kfac as hk
 from parallel.small_training import DOUBLE, METHODS, STEPS, average_gradients, train
+from support import ROOT
 
 # The exact Fisher gives Eva no mean output gradient, and the sample matrix more draws than rows.
 SOURCES = [
@@ -199,3 +201,10 @@ def test_scalars_are_summed_in_the_same_reduction(comm):
     report = preconditioner.step(scalars={"loss": comm.rank + 1.0, "stop": float(comm.rank == 1)}, log=True)
     assert report.scalars == {"loss": 3.0, "stop": 1.0}
     assert set(report.layers) == {""}  # the model itself is the one captured layer
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("example", ["with_horovod", "owner_optimizer"])
+def test_examples_for_several_ranks(comm, example, capsys):
+    runpy.run_path(str(ROOT / "examples" / f"{example}.py"))
+    assert (", loss 0.7" if example == "with_horovod" else "\nloss 0.7") in capsys.readouterr().out or comm.rank
