@@ -129,7 +129,7 @@ def test_every_method_run_file_and_public_name_has_its_place():
     assert [name for name in KINDS["method"].choices if name != "none" and f"`{name}`" not in choosing] == []
     assert [path.stem for path in (ROOT / "jobs/runs").glob("*.yaml") if f"`{path.stem}`" not in trainer] == []
     listed = re.findall(r"^::: hpc_kfac\.(\w+)$", api, re.M)
-    assert sorted({*listed, "METHODS"}) == sorted(hk.__all__)
+    assert sorted({*listed, "METHODS", "checkpoint", "methods"}) == sorted(hk.__all__)
 
 
 def test_the_readme_is_short_and_has_the_figures_of_the_results():
@@ -153,35 +153,20 @@ ALONE = [path for path in EXAMPLES if "MPI" not in (text := path.read_text()) an
 WHOLE = [case for case in of("python") if not is_passage(case.values[0])]
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What each script for one process, and each whole block of Python, has printed, and its traceback."""
-    folder = tmp_path_factory.mktemp("blocks")
-    for n, case in enumerate(WHOLE):
-        (folder / f"block{n}.py").write_text(case.values[0].text)
-    scripts = [*map(str, ALONE), *(str(folder / f"block{n}.py") for n in range(len(WHOLE)))]
+def test_examples_for_one_process_and_blocks_of_python_run(tmp_path: Path) -> None:
+    written = {tmp_path / f"{n}.py": case for n, case in enumerate(WHOLE)}
+    for path, case in written.items():
+        path.write_text(case.values[0].text)
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", DRIVER, *scripts],
+        [sys.executable, "-W", "ignore", "-c", DRIVER, *map(str, [*ALONE, *written])],
         capture_output=True, text=True, env=launch_environment(), timeout=110, cwd=ROOT,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    return {Path(path).name: both for path, both in json.loads(run.stdout.splitlines()[-1]).items()}
-
-
-@pytest.mark.parametrize("path", ALONE, ids=lambda path: path.stem)
-def test_examples_for_one_process(path: Path, told: dict[str, list[str]]) -> None:
-    said, error = told[path.name]
-    assert not error, error
-    assert said or path.name == "own_task.py"
-
-
-@pytest.mark.parametrize("n", range(len(WHOLE)), ids=[case.id for case in WHOLE])
-def test_whole_blocks_of_python_run(n: int, told: dict[str, list[str]]) -> None:
-    assert not told[f"block{n}.py"][1], told[f"block{n}.py"][1]
-
-
-def test_the_first_example_learns(told: dict[str, list[str]]) -> None:
-    assert float(told["block0.py"][0]) < 0.2  # it begins at about 0.7
+    told = json.loads(run.stdout.splitlines()[-1])
+    assert [f"{name}: {error}" for name, (_, error) in told.items() if error] == []
+    assert [path.name for path in ALONE if not told[str(path)][0]] == ["own_task.py"]
+    (first,) = (path for path, case in written.items() if case.id == "README.md-0")
+    assert float(told[str(first)][0]) < 0.2  # the loss; it begins at about 0.7
 
 
 def test_the_example_under_torchrun():
@@ -227,7 +212,7 @@ def test_run_files_on_pages_parse(block: Block, tmp_path: Path) -> None:
 SHELL = [case for case in of("bash", "console", "indented") if is_shell(case.values[0])]
 
 
-def test_shell_blocks_are_shell():
+def test_shell_writtenare_shell():
     """In one call of bash: each block is a function."""
     assert len(SHELL) > 20
     for case in SHELL:
