@@ -212,7 +212,7 @@ def test_run_files_on_pages_parse(block: Block, tmp_path: Path) -> None:
 SHELL = [case for case in of("bash", "console", "indented") if is_shell(case.values[0])]
 
 
-def test_shell_writtenare_shell():
+def test_shell_blocks_are_shell():
     """In one call of bash: each block is a function."""
     assert len(SHELL) > 20
     for case in SHELL:
