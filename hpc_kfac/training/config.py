@@ -219,7 +219,7 @@ class Settings:
     parts: dict[str, Component]
     resolved: str
     settled: Settled = field(compare=False)
-    file: str = ""
+    file: str = field(default="", compare=False)
 
     @property
     def annotated(self) -> str:
