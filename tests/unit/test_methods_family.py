@@ -123,6 +123,9 @@ def test_damping_form_is_that_of_the_update(method: Method) -> None:
     damped = curvature(method, state) + dense(lambda delta: method.damping_form(delta, state, SHAPE, 3 * DAMPING))
     assert method.is_damped(SHAPE)
     close(solve(damped, gradient, 0.0), update)
+    older = {name: tensor for name, tensor in state.items() if name not in ("A_damping", "G_damping")}
+    same = curvature(method, older) + dense(lambda delta: method.damping_form(delta, older, SHAPE, DAMPING))
+    close(same, curvature(method, state) + dense(lambda delta: method.damping_form(delta, state, SHAPE, DAMPING)))
 
 
 # ---- TKFAC, TEKFAC

@@ -189,7 +189,7 @@ class KFAC(Kronecker):
     def _applied(self, factors: State, state: State, shape: LayerShape, damping: float) -> State:
         """The damping [p] of each factor in the last refresh; this step's where an older checkpoint tells none."""
         now = self.split_damping(factors, shape, damping)
-        return {name: state.get(f"{name}_damping", torch.as_tensor(now[name]).view(-1)) for name in now}
+        return {name: state.get(f"{name}_damping", factors[name].new_zeros(shape.blocks) + now[name]) for name in now}
 
     def cost(self, shape: LayerShape) -> Cost:
         """Flops of dense factors: statistics 2 (a^2 + o^2) for a row, eigh 9 n^3, Cholesky inverse n^3, root 11 n^3,
