@@ -117,7 +117,7 @@ def fold(
     if not found:
         for weight in state.weights.values():
             weight.skip(decay, share * everything)
-        if ranks > 1 and everything > 0:
+        if ranks > 1:  # also one without any term: its older rows are those of another step
             method.skip(state.running, everything, shape)
         return found is not None
     specs = {spec.name: spec for spec in method.state(shape)}

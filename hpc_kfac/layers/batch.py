@@ -190,7 +190,7 @@ class LayerBatch(Protocol):
         ...
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Mean of x over positions [p, a], and (1/M) sum of g [p, o].
+        """Mean of x over positions [p, a], under `reduce` over samples, and (1/M) sum of g [p, o].
 
         Raises:
             ValueError: with an exact Fisher, whose g have no meaningful mean.

@@ -115,9 +115,12 @@ class PositionBatch(ABC):
 
     def means(self) -> tuple[Tensor, Tensor]:
         refuse_draws(self.draws)
+        g = reduce(torch.add, [self.output_sum(part) for part in self._parts()]) * (self.scale / self.count)
+        if self.reduce:
+            rows = torch.cat([self._sample_inputs(group, slice(None)) for group in self.groups], dim=1)
+            return rows.sum(1) / max(self.input_rows, 1.0), g
         x = reduce(torch.add, [self.input_sum(part) for part in self._parts()])
-        g = reduce(torch.add, [self.output_sum(part) for part in self._parts()])
-        return x / self._positions(), g * (self.scale / self.count)
+        return x / self._positions(), g
 
     def input_sum(self, part: Part) -> Tensor:
         """Sum of the input rows over samples and positions [p, a]."""
