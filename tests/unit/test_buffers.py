@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_kfac.distributed import BufferPool
+from hpc_kfac.distributed.layout import Slot
+from hpc_kfac.engine.operations import buckets
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5000)), max_size=40))
@@ -66,3 +68,9 @@ def test_refusals() -> None:
         pool.give_back(torch.empty(4))
     with pytest.raises(ValueError, match="-1 bytes"):
         pool.take(-1)
+
+
+def test_messages_are_fused_up_to_their_limit() -> None:
+    groups = [[Slot(str(i), "x", (n,), torch.int8)] for i, n in enumerate([3, 5, 1, 9, 2, 6])]
+    found = [[slot.bytes for slot in bucket] for bucket in buckets(groups, 8)]
+    assert found == [[3, 5], [1], [9], [2, 6]]

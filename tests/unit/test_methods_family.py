@@ -223,6 +223,15 @@ def test_kpsvd_reaches_the_nearest_products(terms: int) -> None:
     assert bool((errors[0] < errors[1]).all())
 
 
+def test_kpsvd_starts_from_identities_of_unit_norm() -> None:
+    """F applied to I / |I| of the other side: as much as the steps after it give."""
+    batch = correlated_batch(2, 11, 3, 4, 5)
+    blocks = fisher(batch).view(2, 4, 5, 4, 5)
+    found = KPSVD().statistics(batch, {}, SHAPE)
+    close(found["A"], torch.einsum("pgagb->pab", blocks) / 4**0.5)
+    close(found["G"], torch.einsum("pgaha->pgh", blocks) / 5**0.5)
+
+
 def test_kpsvd_corrects_kfac_by_the_nearest_product_to_what_it_misses() -> None:
     batch = correlated_batch(2, 11, 1, 4, 5)
     method = KPSVD(damping=DAMPING, decay=0.0, terms=2, first="kfac")
@@ -323,6 +332,15 @@ def test_mkor_stays_the_exact_inverse_of_its_average() -> None:
         lengths[rule] = (v.mT @ m @ v / (v.mT @ v)).squeeze()
     assert bool((lengths["exact"] < 1.1).all()) and bool((lengths["code"] < 1).all())
     assert bool((lengths["printed"] > lengths["exact"]).all())
+
+
+def test_mkor_starts_anew_where_damping_is_all() -> None:
+    batch, method = correlated_batch(2, 11, 3, 4, 5), MKOR()
+    state = settled(method, batch, 3)
+    for damping in (1.0, 5.0):
+        found = method.refresh(state, SHAPE, damping)
+        for name, tensor in method.refresh({m: state[m] for m in ("a_mean", "g_mean")}, SHAPE, damping).items():
+            close(found[name], tensor)
 
 
 def test_mkor_of_the_code_starts_anew_and_keeps_the_gradients_length() -> None:

@@ -279,6 +279,27 @@ def test_sample_matrix_gathers_ranks_with_different_numbers_of_rows() -> None:
     torch.testing.assert_close(method.precondition(whole.gradient(), state, shape, DAMPING), expected)
 
 
+def test_older_rows_count_where_no_rank_has_newer_ones() -> None:
+    """Ranks of 3 and 2 samples; a rank that does not use the layer tells its loss terms, step after step."""
+    method, delta = SampleMatrix(rows=4), torch.ones(SHAPE.blocks, SHAPE.outputs, SHAPE.inputs, dtype=torch.float64)
+    batches = [correlated_batch(SHAPE.blocks, n, 1, SHAPE.outputs, SHAPE.inputs, seed=n) for n in (3, 2)]
+    running = [method.statistics(batch, {}, SHAPE) for batch in batches]
+
+    def found() -> Tensor:
+        gathered = {name: torch.cat([rank[name] for rank in running], dim=1) for name in running[0]}
+        return method.quadratic(delta, gathered, SHAPE)
+
+    own = [(sample_fisher(batch) @ delta.flatten(1).unsqueeze(2)).sum() for batch in batches]
+    torch.testing.assert_close(found(), (3 * own[0] + 2 * own[1]) / 5)
+    for terms in (5.0, 8.0):
+        method.skip(running[0], terms, SHAPE)
+        running[1] = method.statistics(batches[1], running[1], SHAPE)
+        torch.testing.assert_close(found(), 2 * own[1] / (terms + 2))
+    method.skip(running[0], 6.0, SHAPE)
+    method.skip(running[1], 2.0, SHAPE)
+    torch.testing.assert_close(found(), (6 * own[0] + 2 * own[1]) / 8)
+
+
 def test_sample_matrix_uses_the_rows_of_its_refresh() -> None:
     method = SampleMatrix(rows=11)
     batch, state = settled(method, SHAPE)

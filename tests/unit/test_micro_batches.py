@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hpc_kfac as hk
+from hpc_kfac.engine.micro_batches import Merged, StepTerms, fold
 from hpc_kfac.engine.running_weight import Weight, divisors, total
 from unit.step_oracle import CROSS_ENTROPY, DOUBLE, normal, randomised
 
@@ -32,16 +33,17 @@ EACH = pytest.mark.parametrize("name, settings", CASES, ids=[name + "-".join([""
 
 
 class Net(nn.Module):
-    """Embedding, norm, convolution, a linear layer per position and one per sample; `branch` only where it is asked."""
+    """Embedding, norm, convolution, linear layers per position and per sample; branch and gain only where asked."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.norm = nn.Embedding(9, 4), nn.LayerNorm(4)
-        self.conv, self.branch, self.head = nn.Conv1d(4, 5, 3), nn.Linear(4, 4), nn.Linear(15, 3)
+        self.conv, self.head = nn.Conv1d(4, 5, 3), nn.Linear(15, 3)
+        self.branch, self.gain = nn.Linear(4, 4), nn.LayerNorm(4)
 
     def forward(self, tokens: Tensor, branch: bool = True) -> Tensor:
         x = self.norm(self.embedding(tokens))
-        x = x + self.branch(x).tanh() if branch else x
+        x = x + self.gain(self.branch(x).tanh()) if branch else x
         return self.head(self.conv(x.mT).tanh().flatten(1))
 
 
@@ -189,6 +191,51 @@ def test_unequal_numbers_of_positions() -> None:
         close(found[1][name], found[0][name])
     rows = F.pad(x[keep], (0, 1), value=1.0)
     close(found[1]["A"][0], rows.T @ rows / 4)
+
+
+def test_passes_beside_a_layers_own_do_not_count() -> None:
+    """A discriminator's own pass and two through both: one of two micro-batches without it counts once."""
+    terms = StepTerms()
+    for number, layers in enumerate([("own",), ("both",), ("both",)]):
+        for layer in layers:
+            terms.use(layer, number, 6.0)
+    assert [terms.of("own", 0), terms.of("own", 1), terms.of("own", 2)] == [6.0, 12.0, 18.0]
+    assert terms.of("both", 0) == 12.0
+    terms.discard("both")
+    assert terms.of("both", 2) == 12.0
+
+
+def test_a_micro_batch_whose_statistics_overflow_counts_as_none() -> None:
+    """Its gradient does not, and so the step is taken; its loss terms leave the weight of the others as it is."""
+    model = randomised(nn.Linear(2, 3)).float()
+    preconditioner = hk.Preconditioner(model, schedule=hk.Schedule(1, 1), step_control=None, micro_batches=2)
+    x, labels = normal(5, 2).float(), torch.arange(5) % 3
+    x[3:] *= 1e25
+    for which in torch.arange(5).split([3, 2]):
+        outputs = model(x[which])
+        preconditioner.observe(outputs, loss_scale=len(which) / 5)
+        (F.cross_entropy(outputs, labels[which]) * (len(which) / 5)).backward()
+    assert preconditioner.step().applied
+    slopes = (model(x[:3]).softmax(1) - F.one_hot(labels[:3], 3)).detach()
+    state = preconditioner.states[""]
+    close(state.running["G"][0], slopes.T @ slopes / 3)
+    assert (state.weight, state.weights["refresh"].uses) == (3.0, 3.0)
+
+
+class Incomplete(hk.KFAC):
+    """Statistics that no step completes."""
+
+    def complete(self, *given: Any) -> Any:
+        raise torch.linalg.LinAlgError
+
+
+def test_statistics_that_cannot_be_completed_are_no_idle_terms_either() -> None:
+    """Five loss terms that used the layer, and two that did not."""
+    _, preconditioner = make("kfac", {})
+    layer, state = preconditioner.capture.layers["head"], preconditioner.states["head"]
+    merged = Merged({"A": torch.eye(16)[None], "G": torch.eye(3)[None]}, {"uses": 5.0, "terms": 5.0})
+    assert not fold(Incomplete(), layer.shape, state, merged, 7.0, ranks=2, decay=0.9, share=0.1)
+    assert state.weights["refresh"].idle == pytest.approx(0.2) and not state.running
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
