@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_kfac.distributed import BufferPool
-from hpc_kfac.distributed.layout import Slot
+from hpc_kfac.distributed.layout import Message, Slot, in_order
 from hpc_kfac.engine.operations import buckets
 
 
@@ -74,3 +74,17 @@ def test_messages_are_fused_up_to_their_limit() -> None:
     groups = [[Slot(str(i), "x", (n,), torch.int8)] for i, n in enumerate([3, 5, 1, 9, 2, 6])]
     found = [[slot.bytes for slot in bucket] for bucket in buckets(groups, 8)]
     assert found == [[3, 5], [1], [9], [2, 6]]
+
+
+def test_segments_of_a_message_hold_one_dtype_and_every_slot() -> None:
+    """In order of the owners, as a reduce-scatter cuts them; dtypes of one size do not mix."""
+    kinds = [torch.float16, torch.bfloat16, torch.float32, torch.float16, torch.bfloat16]
+    slots = in_order([Slot(str(i), "x", (i + 1,), kind, owner=i % 2) for i, kind in enumerate(kinds)])
+    message = Message(slots, BufferPool(), torch.device("cpu"))
+    for slot in slots:
+        message.put(slot, torch.full(slot.shape, float(slot.layer)))
+    segments = message.segments()
+    assert [part.dtype for part, _ in segments] == list(dict.fromkeys(slot.dtype for slot in slots))
+    for part, held in segments:
+        assert [slot.owner for slot in held] == sorted(slot.owner for slot in held)
+        assert part.tolist() == [float(slot.layer) for slot in held for _ in range(slot.shape[0])]

@@ -173,3 +173,10 @@ def test_what_a_distribution_refuses() -> None:
     preconditioner = hk.Preconditioner(nn.Linear(3, 3), step_control=None)
     with pytest.raises(ValueError, match="mask is given beside the targets of CrossEntropy; mark"):
         preconditioner.observe(outputs, loss=CrossEntropy(targets=labels), mask=labels == 0)
+
+
+def test_a_class_of_no_probability_is_never_drawn() -> None:
+    """Not by the least number either, which a uniform draw may be."""
+    outputs = torch.tensor([[-1000.0, 0.0, 0.0]])
+    gradient = CrossEntropy().sample_gradient(outputs, lambda shape: torch.zeros(1, *shape))
+    assert gradient.tolist() == [[0.0, -0.5, 0.5]]

@@ -330,6 +330,19 @@ def test_refresh_that_met_a_bad_batch_is_made_up_for() -> None:
     assert not preconditioner.step().statistics
 
 
+def test_first_step_that_was_not_taken_weighs_nothing() -> None:
+    """Its statistics were finite, and are forgotten with their weight: the next step is the first."""
+    model = net()
+    preconditioner = preconditioner_of(model)
+    for step in range(2):
+        backward(preconditioner, model, step)
+        if step == 0:
+            model[4].bias.grad[0] = math.nan
+        assert preconditioner.step().applied == (step == 1)
+    expected = one_step(net(), *batch(1)).preconditioner.states
+    assert {n: s.weights for n, s in preconditioner.states.items()} == {n: s.weights for n, s in expected.items()}
+
+
 def test_non_finite_gradients_in_a_row_stop_the_run() -> None:
     model = net()
     preconditioner = preconditioner_of(model, max_skipped=2)
