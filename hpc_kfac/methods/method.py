@@ -139,6 +139,8 @@ class Method(ABC):
 
     name: ClassVar[str] = ""
     """What run files call it; a class without a name of its own is no method yet."""
+    share: ClassVar[float] = 0.1
+    """What a damping of None stands for, of a mean or a largest curvature."""
     damping: float | Damping | None
     decay: float
     reads: ClassVar[Literal["samples", "gradients"]] = "samples"
@@ -315,7 +317,7 @@ class Method(ABC):
         if getattr(self, "relative_damping", None) is None:
             object.__setattr__(self, "relative_damping", self.damping is None)
         if self.damping is None:
-            object.__setattr__(self, "damping", 0.1)
+            object.__setattr__(self, "damping", self.share)
 
     def _check(self) -> None:
         """Checks the settings that all methods share; called at the end of construction."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import hpc_kfac as hk
@@ -27,6 +28,134 @@ def taken(
     before = matrices(model, preconditioner)
     assert preconditioner.step().applied
     return before, matrices(model, preconditioner)
+
+
+# ---- every method, by dense formulas of the rows x and g of the batches so far
+
+
+def rows(model: nn.Module, step: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """x with its 1 and g, the gradient of each sample's own loss, of the layers of a net 5-4-3."""
+    x, y = batch(step)
+    one = torch.ones(12, 1, dtype=x.dtype)
+    hidden = torch.tanh(model[0](x)).detach()
+    g = (torch.softmax(model(x), 1) - F.one_hot(y, 3)).detach()
+    below = (g @ model[2].weight.detach()) * (1 - hidden.square())
+    return {"0": (torch.cat([x, one], 1), below), "2": (torch.cat([hidden, one], 1), g)}
+
+
+def eye(d: int) -> Tensor:
+    return torch.eye(d, dtype=torch.float64)
+
+
+def power(matrix: Tensor, exponent: float) -> Tensor:
+    values, basis = torch.linalg.eigh(matrix)
+    return basis * values**exponent @ basis.mT
+
+
+def solve(fisher: Tensor, d: Tensor, damping: float) -> Tensor:
+    return torch.linalg.solve(fisher + damping * eye(len(fisher)), d.flatten()).view(d.shape)
+
+
+def split(g: Tensor, a: Tensor, d: Tensor) -> Tensor:
+    """K-FAC's Cholesky solver with a tenth of the mean curvature, shared so that both factors have a tenth's root."""
+    mean_a, mean_g = a.trace() / len(a), g.trace() / len(g)
+    left, right = g + 0.1**0.5 * mean_g * eye(len(g)), a + 0.1**0.5 * mean_a * eye(len(a))
+    return torch.linalg.solve(left, d) @ torch.linalg.inv(right)
+
+
+def mean(old: Tensor | None, new: Tensor, decay: float = 0.95) -> Tensor:
+    return new if old is None else decay * old + (1 - decay) * new
+
+
+def vectors(name: str, x: Tensor, g: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    return (d.mean(0), d.mean(1)) if name == "eva_s" else (x.mean(0), g.mean(0))
+
+
+def expected(name: str, x: Tensor, g: Tensor, d: Tensor, kept: dict[str, Tensor]) -> Tensor:
+    """The update of a step at the defaults, with statistics and refresh on every step; `kept` is what runs on."""
+    n = len(x)
+
+    def running(key: str, new: Tensor) -> Tensor:
+        kept[key] = mean(kept.get(key), new)
+        return kept[key]
+
+    if name == "skfac":
+        return split(g.mT @ g / n, x.mT @ x / n, d)
+    if name == "kfac":
+        return split(running("G", g.mT @ g / n), running("A", x.mT @ x / n), d)
+    if name == "tkfac":
+        a = running("A", (x * g.square().sum(1, keepdim=True)).mT @ x / n)
+        b = running("G", (g * x.square().sum(1, keepdim=True)).mT @ g / n)
+        a, b = a / a.trace().sqrt(), b / b.trace().sqrt()
+        root = (0.1 * a.trace() / len(a) * b.trace() / len(b)).sqrt()
+        return torch.linalg.solve(b + root * eye(len(b)), d) @ torch.linalg.inv(a + root * eye(len(a)))
+    if name == "tnt":
+        a, b = running("A", n * d.mT @ d), running("G", n * d @ d.mT)
+        return split(b / b.trace().sqrt(), a / a.trace().sqrt(), d)
+    if name == "sample_matrix":
+        u = torch.einsum("no,na->noa", g, x).flatten(1)
+        return solve(u.mT @ u / n, d, 0.03)
+    if name == "shampoo":
+        a, b = running("A", d.mT @ d), running("G", d @ d.mT)
+        a, b = (m + 1e-4 * m.trace() / len(m) * eye(len(m)) for m in (a, b))
+        return power(b, -0.25) @ d @ power(a, -0.25)
+    if name == "mkor":
+        inverses = []
+        for key, v in zip("AG", (x.mean(0), g.mean(0)), strict=True):
+            v = v / v.norm() * len(v) ** 0.5
+            old = 0.95 * kept[key] + 0.05 * eye(len(v)) if key in kept else eye(len(v))
+            kept[key] = torch.linalg.inv(0.95 * torch.linalg.inv(old) + 0.05 * torch.outer(v, v))
+            inverses.append(kept[key])
+        update = inverses[1] @ d @ inverses[0]
+        return update * d.norm() / update.norm()
+    a, b = (running(key, v) for key, v in zip("ab", vectors(name, x, g, d), strict=True))
+    if name == "eva_s":
+        factors = [torch.outer(v, v) + hk.METHODS[name].share * v @ v * eye(len(v)) for v in (b, a)]
+        if d.sum(0).norm() < 1e-12:  # a softmax's gradients sum to zero, and so does a
+            least = (64 * torch.finfo(d.dtype).eps * d.norm()) ** 2 / len(d)
+            return power(factors[0], -0.25) @ d * least**-0.25
+        return power(factors[0], -0.25) @ d @ power(factors[1], -0.25)
+    v = torch.kron(b, a) if name == "eva" else a
+    fisher = torch.outer(v, v) if name == "eva" else torch.kron(eye(len(d)), torch.outer(a, a))
+    return solve(fisher, d, hk.METHODS[name].share * float(v @ v))
+
+
+ALL = ["kfac", "tkfac", "tnt", "skfac", "sample_matrix", "shampoo", "mkor", "eva", "eva_f", "eva_s"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_first_three_updates_are_the_formula_of_their_batches(name: str) -> None:
+    model = mlp(5, 4, 3)
+    preconditioner = preconditioner_of(model, method=hk.METHODS[name](), fisher="empirical")
+    kept: dict[str, dict[str, Tensor]] = {"0": {}, "2": {}}
+    for step in range(3):
+        gradients, updates = taken(preconditioner, model, step)
+        for layer, (x, g) in rows(model, step).items():
+            wanted = expected(name, x, g, gradients[layer][0], kept[layer])
+            within = 1e-3 if name == "eva_s" else 1e-6  # what is zero but for rounding
+            torch.testing.assert_close(updates[layer][0], wanted, rtol=within, atol=within * wanted.abs().max().item())
+
+
+DIGITS = load_digits()
+ACTING = [n for n in hk.METHODS if n not in ("hylo", "sample_matrix", "seng")]  # whose damping is absolute
+
+
+@pytest.mark.parametrize("name", ACTING)
+def test_defaults_change_the_direction_alike_for_any_size_of_the_loss(name: str) -> None:
+    cosines = []
+    for scale in (1.0, 1e-3, 1e3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+        preconditioner = hk.Preconditioner(model, method=hk.METHODS[name](), step_control=None, fisher="empirical")
+        x, y = torch.tensor(DIGITS.data[:64] / 16, dtype=torch.float32), torch.tensor(DIGITS.target[:64])
+        for _ in range(3):
+            model.zero_grad()
+            (scale * F.cross_entropy(model(x), y)).backward()
+            report = preconditioner.step(log=True)
+        cosines.append([layer.cosine for layer in report.layers.values()])
+    assert all(min(found) < 0.98 for found in cosines), cosines
+    for found in cosines[1:]:
+        assert found == pytest.approx(cosines[0], abs=0.02)
 
 
 # ---- SOAP

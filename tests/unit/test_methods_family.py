@@ -101,7 +101,8 @@ DAMPED: list[Method] = [
     TKFAC(damping=DAMPING, solver="eigen", relative_damping=True),
     TNT(damping=DAMPING, relative_damping=True),
     KPSVD(damping=DAMPING, relative_damping=True),
-    *(kind(damping=DAMPING) for kind in (Eva, EvaF, SampleMatrix)),
+    *(kind(damping=DAMPING, relative_damping=relative) for kind in (Eva, EvaF) for relative in (False, True)),
+    SampleMatrix(damping=DAMPING),
     SENG(damping=DAMPING, rows=16),
     *(HyLo(damping=DAMPING, rows=4, select=select) for select in ("kid", "kis")),
 ]
@@ -344,7 +345,7 @@ def test_mkor_starts_anew_where_damping_is_all() -> None:
 
 
 def test_mkor_of_the_code_starts_anew_and_keeps_the_gradients_length() -> None:
-    method = MKOR(rule="code")
+    method = MKOR(rule="code", damping=0.05)
     batch = correlated_batch(2, 7, 2, 4, 5)
     state = {**method.statistics(batch, {}, SHAPE), "A_inverse": 5 * torch.eye(5, dtype=torch.float64).expand(2, 5, 5)}
     state |= method.refresh(state, SHAPE, 0.05)

@@ -35,8 +35,8 @@ def after(method: Shampoo, given: list[Tensor], shape: LayerShape = SHAPE) -> St
 
 def average(given: list[Tensor], root: Tensor, least: float) -> Tensor:
     """L by its definition, with the betas that belong to exact roots: an oracle with eigenvalues."""
-    matrix = root
-    for gradient in given:
+    matrix = root + given[0][0] @ given[0][0].mT
+    for gradient in given[1:]:
         s = gradient[0] @ gradient[0].mT
         norm = torch.linalg.norm(torch.linalg.inv(matrix) @ s)
         beta = max(least, float(norm / (norm + 1)))
@@ -56,11 +56,14 @@ def test_root_follows_the_average_where_gradients_commute(least: float, within: 
     assert float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected)) < within
 
 
-def test_one_update_is_the_series() -> None:
-    (gradient,) = gradients(1)
-    state = after(Jorge(damping=2.0, relative_damping=False, decay=0.0), [gradient])
-    m = torch.eye(4, dtype=torch.float64) * 2.0**-0.25
-    x = torch.linalg.matrix_power(m, 4) @ gradient[0] @ gradient[0].mT
+def test_it_starts_at_the_root_of_the_first_moment_and_goes_on_by_the_series() -> None:
+    given = gradients(2)
+    method = Jorge(damping=2.0, relative_damping=False, decay=0.0)
+    values, basis = torch.linalg.eigh(given[0][0] @ given[0][0].mT + 2.0 * torch.eye(4))
+    m = basis * values**-0.25 @ basis.mT
+    close(after(method, given[:1])["G_root"][0], m)
+    state = after(method, given)
+    x = torch.linalg.matrix_power(m, 4) @ given[1][0] @ given[1][0].mT
     norm = torch.linalg.norm(x)
     y = x / norm
     series = m @ (torch.eye(4) - y / 4 + 5 * y @ y / 32) * (norm / (norm + 1)) ** -0.25

@@ -31,7 +31,8 @@ class Jorge(Shampoo):
     Y = X (1 - beta) / beta, made symmetric: the second-order series of (I + Y)^(-1/r), for M and S that commute.
 
     Args:
-        damping: of the first S: L starts at this share of its mean eigenvalue (or at this value) times the identity.
+        damping: L starts at the first S and this share of its mean eigenvalue (or this value) times the identity, whose
+            root takes the one decomposition that there is.
         decay: beta is at least this. The paper has 0, where the series errs most: in a commuting case L was off by a
             quarter, with 0.9 by 2 %.
         relative_damping: damping is a share of the mean eigenvalue of the first S.
@@ -46,7 +47,7 @@ class Jorge(Shampoo):
     wants = Wants(
         refresh=10, why="M follows the latest gradient alone; with one of every step it diverged on the digits"
     )
-    damping: float | Damping | None = 1.0
+    damping: float | Damping | None = 0.1
     decay: float = 0.9
     graft: Literal["none", "sgd", "rmsprop", "adagrad"] = "sgd"
 
@@ -68,14 +69,17 @@ class Jorge(Shampoo):
             if part is None or part == name:
                 require_finite(state[name], name)
                 root = state.get(f"{name}_root")
-                start = self._start(state[name], structure, d, damping, 2 * len(sides)) if root is None else root
-                result[f"{name}_root"] = _followed(start.to(state[name].dtype), state[name], 2 * len(sides), self.decay)
+                if root is None:
+                    found = self._start(state[name], structure, d, damping, 2 * len(sides))
+                else:
+                    found = _followed(root.to(state[name].dtype), state[name], 2 * len(sides), self.decay)
+                result[f"{name}_root"] = found
         return result
 
     def _start(self, moment: Tensor, structure: Structure, d: int, damping: float, root: int) -> Tensor:
         mean = mean_or_one(structure.trace(moment, d) / d)
         shift = damping * mean if self.relative_damping else damping
-        return structure.inverse_root(torch.zeros_like(moment), shift, root)
+        return structure.inverse_root(moment, shift, root)
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         sides = self.sides(shape)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from hpc_kfac.linalg.scaling import size_of
 from hpc_kfac.linalg.solve import require_finite
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, Method, State, StateSpec
@@ -16,6 +17,9 @@ from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
+
+ROUNDING = 64.0
+"""Rounding errors that a sum over a batch may be off by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +30,9 @@ class Eva(Method):
     a block and has nothing to decompose.
 
     Args:
-        damping: added to the curvature, or a `Damping`.
+        damping: added to the curvature, or a `Damping`; None for 0.1, by default of F's one eigenvalue.
         decay: weight of the old value in the running means.
+        relative_damping: damping is a share of |a_mean|^2 |g_mean|^2. None: only if damping is None.
 
     Raises:
         ValueError: a setting out of range.
@@ -36,10 +41,12 @@ class Eva(Method):
     name: ClassVar[str] = "eva"
     wants = Wants(statistics=1, refresh=1, why="means of every step; there is nothing to decompose (Zhang et al. 2023)")
     refreshed_by_all: ClassVar[bool] = True
-    damping: float | Damping = 0.03
+    damping: float | Damping | None = None
     decay: float = 0.95
+    relative_damping: bool | None = None
 
     def __post_init__(self) -> None:
+        self._default_damping()
         self._check()
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
@@ -67,21 +74,31 @@ class Eva(Method):
         self, gradient: Tensor, state: State, shape: LayerShape, damping: float, work: Workspace | None = None
     ) -> Tensor:
         work = Workspace() if work is None else work
-        a, g = _vectors(state, gradient.dtype, work)
-        one = (shape.blocks, 1, 1)
-        curvature, other = (work.take(name, one, gradient.dtype, gradient.device) for name in ("curvature", "other"))
-        torch.bmm(a.mT, a, out=curvature).mul_(torch.bmm(g.mT, g, out=other))
-        curvature.add_(work.number("damping", damping, gradient.dtype, gradient.device))
-        share = _product(gradient, a, g, work).div_(curvature)
-        correction = torch.mul(g, share, out=work.like("correction", g))
-        update = work.like("update", gradient)
-        return torch.baddbmm(gradient, correction, a.mT, beta=1.0 / damping, alpha=-1.0 / damping, out=update)
+        (a, g), curvature = self._rank_one(state, gradient.dtype, work)
+        shift = self._shift(damping, curvature, work)
+        along = _product(gradient, a, g, work).div_(_one_and(shift, curvature, work))
+        update, correction = work.like("update", gradient), torch.mul(g, along, out=work.like("correction", g))
+        return torch.baddbmm(gradient, correction, a.mT, alpha=-1.0, out=update).div_(shift)
+
+    def _rank_one(self, state: State, dtype: torch.dtype, work: Workspace) -> tuple[list[Tensor], Tensor]:
+        """The means at length 1, as columns, and the eigenvalue [p, 1, 1] of F that is not zero."""
+        pairs = [_unit(v, name, work) for v, name in zip(_vectors(state, dtype, work), "ag", strict=True)]
+        return [unit for unit, _ in pairs], pairs[0][1].mul_(pairs[1][1]).square_()
+
+    def _shift(self, damping: float, curvature: Tensor, work: Workspace) -> Tensor:
+        """The damping, [p or 1, 1, 1]: a number, or a share of the eigenvalue, which counts as 1 where it is zero."""
+        scale = work.number("damping", damping, curvature.dtype, curvature.device)
+        if not self.relative_damping:
+            return scale
+        return torch.logical_not(curvature, out=work.like("shift", curvature)).add_(curvature).mul_(scale)
 
     def is_damped(self, shape: LayerShape) -> bool:
         return True
 
     def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
-        return damping * delta.square().sum()
+        work = Workspace()
+        _, curvature = self._rank_one(state, delta.dtype, work)
+        return (self._shift(damping, curvature, work) * delta.square()).sum()
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         work = Workspace()
@@ -99,8 +116,9 @@ class EvaF(Eva):
     U = [D - (D a_mean) a_mean^T / (damping + |a_mean|^2)] / damping.
 
     Args:
-        damping: added to the curvature, or a `Damping`.
+        damping: added to the curvature, or a `Damping`; None for 0.1, by default of |a_mean|^2.
         decay: weight of the old value in the running mean.
+        relative_damping: damping is a share of |a_mean|^2. None: only if damping is None.
 
     Raises:
         ValueError: a setting out of range.
@@ -122,14 +140,16 @@ class EvaF(Eva):
         self, gradient: Tensor, state: State, shape: LayerShape, damping: float, work: Workspace | None = None
     ) -> Tensor:
         work = Workspace() if work is None else work
-        a = work.cast("a_mean", state["a_mean"], gradient.dtype).unsqueeze(2)
-        one = (shape.blocks, 1, 1)
-        curvature = torch.bmm(a.mT, a, out=work.take("curvature", one, gradient.dtype, gradient.device))
-        curvature.add_(work.number("damping", damping, gradient.dtype, gradient.device))
+        (a,), curvature = self._rank_one(state, gradient.dtype, work)
+        shift = self._shift(damping, curvature, work)
         size = (shape.blocks, shape.outputs, 1)
-        column = torch.bmm(gradient, a, out=work.take("column", size, gradient.dtype, gradient.device)).div_(curvature)
-        update = work.like("update", gradient)
-        return torch.baddbmm(gradient, column, a.mT, beta=1.0 / damping, alpha=-1.0 / damping, out=update)
+        along = torch.bmm(gradient, a, out=work.take("column", size, gradient.dtype, gradient.device))
+        along.div_(_one_and(shift, curvature, work))
+        return torch.baddbmm(gradient, along, a.mT, alpha=-1.0, out=work.like("update", gradient)).div_(shift)
+
+    def _rank_one(self, state: State, dtype: torch.dtype, work: Workspace) -> tuple[list[Tensor], Tensor]:
+        unit, length = _unit(work.cast("a_mean", state["a_mean"], dtype).unsqueeze(2), "a", work)
+        return [unit], length.square_()
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         return torch.bmm(delta, state["a_mean"].to(delta.dtype).unsqueeze(2)).square().sum()
@@ -144,11 +164,13 @@ class EvaS(Eva):
     """Eva-s: Shampoo with rank-one factors of the averaged gradient's means, U = S_G^-power D S_A^-power.
 
     S = v v^T + damping I with v_A the mean of D over its rows and v_G over its columns, and in closed form
-    S^-p = damping^-p (I - v v^T / |v|^2) + (damping + |v|^2)^-p v v^T / |v|^2.
+    S^-p = damping^-p (I - v v^T / |v|^2) + (damping + |v|^2)^-p v v^T / |v|^2. A relative damping is never below what
+    rounding leaves of a v that is zero, as the mean over the outputs of a softmax is.
 
     Args:
-        damping: added to each rank-one factor, or a `Damping`.
+        damping: added to each rank-one factor, or a `Damping`; None for 0.01, by default of |v|^2.
         decay: weight of the old value in the running means.
+        relative_damping: damping is a share of |v|^2 of each factor. None: only if damping is None.
         power: of each factor; Shampoo's is 1/4.
 
     Raises:
@@ -156,6 +178,7 @@ class EvaS(Eva):
     """
 
     name: ClassVar[str] = "eva_s"
+    share: ClassVar[float] = 0.01
     reads: ClassVar[Literal["samples", "gradients"]] = "gradients"
     power: float = 0.25
 
@@ -175,20 +198,30 @@ class EvaS(Eva):
         self, gradient: Tensor, state: State, shape: LayerShape, damping: float, work: Workspace | None = None
     ) -> Tensor:
         work = Workspace() if work is None else work
-        a, g = _vectors(state, gradient.dtype, work)
-        scale = work.number("damping", damping ** (-2 * self.power), gradient.dtype, gradient.device)
-        update = torch.mul(gradient, scale, out=work.like("update", gradient))
-        shift = work.number("shift", damping, gradient.dtype, gradient.device)
+        vectors = _vectors(state, gradient.dtype, work)
+        update = work.like("update", gradient).copy_(gradient)
         exponent = work.number("exponent", -self.power, gradient.dtype, gradient.device)
-        size = (shape.blocks, 1, 1)
-        for v, matrix, name in ((a, update, "column"), (g, update.mT, "row")):
-            square = torch.bmm(v.mT, v, out=work.take("square", size, v.dtype, v.device))
-            # Along v the power is (damping + |v|^2)^-p in place of damping^-p: a change relative to |v|^2.
-            share = torch.div(square, shift, out=work.like("share", square)).log1p_().mul_(exponent).expm1_()
-            share.div_(square).nan_to_num_(0.0, 0.0, 0.0)
-            along = work.take(name, (shape.blocks, matrix.shape[1], 1), v.dtype, v.device)
-            matrix.baddbmm_(torch.bmm(matrix, v, out=along).mul_(share), v.mT)
+        for v, matrix, name in zip(vectors, (update, update.mT), "ag", strict=True):
+            unit, length = _unit(v, name, work)
+            shift = self._root(damping, length, gradient, matrix.shape[1], work)
+            # Along v the power is (shift^2 + |v|^2)^-p in place of shift^-2p.
+            share = length.div_(shift).square_().log1p_().mul_(exponent).expm1_()
+            along = work.take(f"along {name}", (shape.blocks, matrix.shape[1], 1), v.dtype, v.device)
+            matrix.baddbmm_(torch.bmm(matrix, unit, out=along).mul_(share), unit.mT)
+            update.mul_(torch.pow(shift.square_(), exponent, out=shift))
         return update
+
+    def _root(self, damping: float, length: Tensor, gradient: Tensor, rows: int, work: Workspace) -> Tensor:
+        """The root of a factor's damping [p, 1, 1], in scratch; 1 where all is zero."""
+        root = work.number("root", damping**0.5, length.dtype, length.device)
+        shift = work.like("shift", length)
+        if not self.relative_damping:
+            return shift.copy_(root.expand_as(shift))
+        error = ROUNDING * torch.finfo(length.dtype).eps / rows**0.5
+        torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True, out=shift)
+        shift.mul_(work.number(f"error of {rows}", error, length.dtype, length.device))
+        torch.maximum(shift, torch.mul(length, root, out=work.like("other", length)), out=shift)
+        return shift.add_(torch.logical_not(shift, out=work.like("other", length)))
 
     def is_damped(self, shape: LayerShape) -> bool:
         return False
@@ -210,6 +243,23 @@ def _vectors(state: State, dtype: torch.dtype, work: Workspace) -> tuple[Tensor,
     """The means as columns [p, a, 1] and [p, o, 1]."""
     a, g = (work.cast(name, state[name], dtype) for name in ("a_mean", "g_mean"))
     return a.unsqueeze(2), g.unsqueeze(2)
+
+
+def _unit(v: Tensor, name: str, work: Workspace) -> tuple[Tensor, Tensor]:
+    """v [p, d, 1] at length 1 in each block, zeros as they are, and its length [p, 1, 1], both in scratch."""
+    one = (v.shape[0], 1, 1)
+    size, least, length = (work.take(f"{use} of {name}", one, v.dtype, v.device) for use in ("size", "least", "length"))
+    size_of(v, True, (size, least))  # squares of what is not scaled may overflow or vanish
+    unit = torch.div(v, size, out=work.take(f"unit {name}", tuple(v.shape), v.dtype, v.device))
+    torch.bmm(unit.mT, unit, out=length).sqrt_()
+    unit.div_(torch.clamp(length, min=work.number("half", 0.5, v.dtype, v.device), out=least))
+    return unit, length.mul_(size)
+
+
+def _one_and(shift: Tensor, curvature: Tensor, work: Workspace) -> Tensor:
+    """1 + damping / curvature, [p, 1, 1]; inf without curvature."""
+    one = work.number("one", 1.0, shift.dtype, shift.device)
+    return torch.div(shift, curvature, out=work.like("grown", curvature)).add_(one)
 
 
 def _product(matrix: Tensor, a: Tensor, g: Tensor, work: Workspace) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hpc_kfac.linalg.scaling import with_length_of
+from hpc_kfac.linalg.scaling import at_norm, with_length_of
 from hpc_kfac.linalg.solve import require_finite
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, Method, State, StateSpec
@@ -36,10 +36,14 @@ class MKOR(Method):
     Every rank that needs M updates it itself, so that nothing but the vectors is sent.
 
     Args:
-        damping: share of the identity that is blended into M before each update, below 1, or a `Damping`.
+        damping: share of the identity that is blended into M before each update, below 1, or a `Damping`; None for
+            0.05.
         memory: c, the weight of the old average.
         rule: "exact", "code" or "printed".
         decay: has no effect, a mean vector is that of the latest batch.
+        relative_damping: v is taken at the length sqrt(d) of its d entries, so that the identity, which M starts from
+            and is blended with, is the mean eigenvalue of v v^T, whatever the size of inputs and gradients. None: only
+            if damping is None.
 
     Raises:
         ValueError: a setting out of range.
@@ -49,13 +53,16 @@ class MKOR(Method):
     wants = Wants(
         refresh=10, why="an update takes a^2 + o^2 operations, and so one every 10 steps (Mozaffari et al. 2023)"
     )
-    damping: float | Damping = 0.05
+    share: ClassVar[float] = 0.05
+    damping: float | Damping | None = None
     memory: float = 0.95
     rule: Literal["exact", "code", "printed"] = "exact"
     decay: float = 0.0
+    relative_damping: bool | None = None
     refreshed_by_all: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        self._default_damping()
         self._check()
         if self.rule not in RULES:
             raise ValueError(f"rule is {self.rule!r}; choose {', '.join(RULES)}")
@@ -86,6 +93,8 @@ class MKOR(Method):
         for name, mean in (("A", "a_mean"), ("G", "g_mean")):
             require_finite(state[mean], mean)
             v = state[mean].unsqueeze(2)
+            if self.relative_damping:
+                v = at_norm(v.clone(), v.shape[1] ** 0.5, per_block=True)
             inverse = self._blended(state.get(f"{name}_inverse"), v, min(damping, 1.0))
             mv = torch.bmm(inverse, v)
             beta, alpha, weight = RULES[self.rule](torch.bmm(v.mT, mv), self.memory)
