@@ -208,3 +208,49 @@ def test_scalars_are_summed_in_the_same_reduction(comm):
 def test_examples_for_several_ranks(comm, example, capsys):
     runpy.run_path(str(ROOT / "examples" / f"{example}.py"))
     assert (", loss 0.7" if example == "with_horovod" else "\nloss 0.7") in capsys.readouterr().out or comm.rank
+
+
+class Recorded(hk.LevenbergMarquardt):
+    """Keeps the ratio that it is told."""
+
+    def adjust(self, ratio: float) -> None:
+        self.ratio = ratio
+        super().adjust(ratio)
+
+
+def measured_ratio(comm, placement: hk.Kaisa) -> float:
+    """Of a step's actual and predicted change of the loss; the first layer is left to the optimizer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    damping = Recorded(0.1, interval=1)
+    preconditioner = hk.Preconditioner(
+        model,
+        optimizer,
+        method=hk.KFAC(solver="eigen", damping=damping),
+        placement=placement,
+        schedule=hk.Schedule(1, 1),
+        step_control=None,
+        skip=["0"],
+        precision=DOUBLE,
+        comm=comm or "serial",
+    )
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 3
+    if comm is not None:
+        x, y = x[comm.rank :: comm.size], y[comm.rank :: comm.size]
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    if comm is not None:
+        average_gradients(model, comm)
+    assert preconditioner.step().refreshed == 1
+    optimizer.step()
+    preconditioner.adapt_damping(lambda: nn.functional.cross_entropy(model(x), y).item(), loss.item())
+    return damping.ratio
+
+
+@pytest.mark.ranks(2)
+def test_reduction_ratio_is_that_of_one_process(comm):
+    alone = measured_ratio(None, hk.Kaisa())
+    by_all = hk.Rates(flops=1e12, latency=1.0, bandwidth=1e9)
+    for placement in (hk.Kaisa(1.0), hk.Kaisa(0.0), hk.Kaisa(1.0, all_local=by_all)):
+        assert measured_ratio(comm, placement) == pytest.approx(alone)
