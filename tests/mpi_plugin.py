@@ -1,10 +1,10 @@
 """pytest plugin: `@pytest.mark.ranks(2, 3, timeout=120)` runs a test under mpirun once with each of these rank counts.
 
-Outside MPI the tests of one file and one rank count share one `mpirun -n N python -m mpi4py -m pytest FILE` (importing
-torch is slow). Inside, every rank writes what pytest reports to a file of its own, and the outer pytest retells it test
-by test. A rank whose test fails reports and aborts the job, so that no other rank waits for it; the tests after it are
-launched afresh, a few times for each file. Where a test's time is up the stacks of all ranks are dumped and the job is
-killed; the rest of its file is then given up.
+Outside MPI all tests of one rank count share one `mpirun -n N python -m mpi4py -m pytest FILES` (importing torch is
+slow) and stand together behind the serial ones. Inside, every rank writes what pytest reports to a file of its own, and
+the outer pytest retells it test by test. A rank whose test fails reports and aborts the job, so that no other rank
+waits for it; the tests after it are launched afresh, a few times for each file. Where a test's time is up the stacks of
+all ranks are dumped and the job is killed; the rest of its file is then given up.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import faulthandler
 import functools
+import gc
 import json
 import os
 import sys
@@ -54,16 +55,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Outside MPI: puts a RankItem in the place of each test that needs ranks."""
+    """Outside MPI: puts a RankItem in the place of each test that needs ranks, and those of one rank count together."""
     if support.RANK_REPORTS in os.environ:
         return
-    jobs: dict[tuple[Path, int], Job] = {}
+    jobs: dict[int, Job] = {}
     for i, item in enumerate(items):
         ranks = rank_count(item)
         if ranks is not None:
-            job = jobs.setdefault((item.path, ranks), Job(config, ranks))
+            job = jobs.setdefault(ranks, Job(config, ranks))
             job.tests[item.nodeid] = item.get_closest_marker("ranks").kwargs.get("timeout", DEFAULT_TIMEOUT)
             items[i] = RankItem.from_parent(item.parent, name=item.name, original=item, job=job)
+    items.sort(key=lambda item: item.job.ranks if isinstance(item, RankItem) else 0)
 
 
 # ---- outside MPI
@@ -328,9 +330,12 @@ class RankReporter:
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
-        """Horovod's thread, which looks for work a thousand times a second, ends with the file that started it."""
+        """What a file leaves ends with it: garbage, and Horovod's thread, which looks for work every millisecond."""
+        if nextitem is not None and nextitem.path == item.path:
+            return
+        gc.collect()
         horovod = sys.modules.get("horovod.torch")
-        if horovod is not None and horovod.is_initialized() and (nextitem is None or nextitem.path != item.path):
+        if horovod is not None and horovod.is_initialized():
             horovod.shutdown()
 
     def pytest_sessionfinish(self) -> None:

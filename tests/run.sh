@@ -7,7 +7,7 @@
 #
 #   lint       ruff, mypy
 #   serial     tests/unit on all cores; coverage is measured here and in the next
-#   ranks      what needs ranks in tests/unit and tests/parallel, under mpirun
+#   ranks      what needs ranks in tests/unit and tests/parallel: one mpirun a rank count
 #   programs   tests of tests/unit that measure time, and tests/harness, tests/env, tests/faults: programs that are
 #              started, killed, starved and stalled
 #   slurm      tests/slurm, beside serial and ranks, since it waits most of the time
