@@ -20,6 +20,7 @@ from hpc_kfac.checkpoint.sets import list_sets, prune, set_name, step_of, superf
 from hpc_kfac.checkpoint.state import mean_buffers
 from hpc_kfac.checkpoint.tree import Tree
 from hpc_kfac.checkpoint.values import from_tree
+from hpc_kfac.linalg.spectrum import eigenvalues, figures
 
 ROLES = ("running", "solved", "remembered")
 SETTINGS = "run/settings"
@@ -127,11 +128,8 @@ class _Average:
 
     def condition(self) -> str:
         mean = self.mean()
-        if mean is None:
-            return ""
-        values = torch.linalg.eigvalsh(mean)
-        smallest, largest = values[..., 0], values[..., -1]
-        return f"{torch.where(smallest > 0, largest / smallest, torch.inf).max().item():.2g}"
+        values = None if mean is None else eigenvalues(mean)
+        return "" if values is None else f"{figures(values)['condition']:.2g}"
 
 
 @dataclass
@@ -145,9 +143,8 @@ class _Layer:
 def description(path: Path, conditions: bool = True) -> str:
     """What a set holds: facts, method, and a table of the layers' curvature.
 
-    The condition number of a symmetric factor is its largest eigenvalue by its smallest, without damping; of several
-    blocks the largest is shown. Factors that ranks have folded but not averaged yet are averaged first. The age of a
-    layer is in steps since its solved form was begun.
+    The condition numbers of symmetric factors are those of `hpc_kfac.linalg.spectrum.figures`. Factors that ranks have
+    folded but not averaged yet are averaged first. The age of a layer is in steps since its solved form was begun.
 
     Args:
         path: of a set, or of a folder of which the newest is taken.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim import SGD, Optimizer
 
 import hpc_kfac as hk
 from hpc_kfac.cluster.ranks import Ranks
@@ -23,7 +23,7 @@ from hpc_kfac.options.fisher import FisherSource
 from hpc_kfac.tasks.losses import Loss
 from hpc_kfac.training.averaging import make_averaging
 from hpc_kfac.training.config import KINDS
-from hpc_kfac.training.optimizers import WEIGHT_LAYERS, adamw, sgd
+from hpc_kfac.training.optimizers import WEIGHT_LAYERS, adamw, muon, sgd
 
 
 class Trained:
@@ -222,43 +222,8 @@ def _adamw(model: nn.Module, loss: Loss, settings: dict[str, Any], ranks: Ranks)
     return Trained(model, loss, ranks, [adamw(model, **{"weight_decay": 0.0, **settings})])
 
 
-class MuonTrained(Trained):
-    """torch's Muon for the weights of linear layers and, as matrices of a row a filter, of convolutions; else AdamW.
-
-    Args:
-        last: give it the last layer's weight too.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        ranks: Ranks,
-        lr: float,
-        momentum: float = 0.95,
-        adamw_lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        last: bool = False,
-    ) -> None:
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        self._weights = [layer.weight for layer in (layers if last else layers[:-1])]
-        taken = {id(weight) for weight in self._weights}
-        # Matrices that share the weights' memory: torch's Muon takes two axes only.
-        self._matrices = [nn.Parameter(weight.detach().view(len(weight), -1)) for weight in self._weights]
-        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-        settings = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        muon = Muon(self._matrices, lr=lr, momentum=momentum, **settings)  # type: ignore[arg-type]
-        super().__init__(model, loss, ranks, [muon, AdamW(rest, lr=adamw_lr, weight_decay=weight_decay)])
-
-    def update(self) -> None:
-        for matrix, weight in zip(self._matrices, self._weights, strict=True):
-            assert weight.grad is not None
-            matrix.grad = weight.grad.reshape(matrix.shape)
-        super().update()
-
-
 def _muon(model: nn.Module, loss: Loss, settings: dict[str, Any], ranks: Ranks) -> Trained:
-    return MuonTrained(model, loss, ranks, **settings)
+    return Trained(model, loss, ranks, [muon(model, **{"adamw_betas": (0.9, 0.999), **settings})])
 
 
 KFAC_INTERVALS = {"statistics": 20, "refresh": 100}

@@ -81,8 +81,12 @@ def muon(
     weight_decay: float = 0.0,
     adamw_lr: float = 1e-3,
     adamw_betas: tuple[float, float] = (0.9, 0.95),
+    last: bool = False,
 ) -> Optimizer:
-    """Muon (Jordan et al. 2024) for the matrices of hidden layers, AdamW for all other parameters.
+    """Muon (Jordan et al. 2024) for the weights of hidden linear and convolution layers, AdamW for all else.
+
+    A convolution's weight is a matrix of a row a filter. Steps are as long as AdamW's of this learning rate would be
+    (Liu et al. 2025).
 
     Args:
         lr: learning rate of Muon.
@@ -91,11 +95,22 @@ def muon(
         weight_decay: of both.
         adamw_lr: learning rate of AdamW.
         adamw_betas: moments of AdamW.
+        last: give Muon the last layer's weight too.
+
+    Raises:
+        ValueError: Muon would have nothing to do.
     """
-    matrices = _hidden_matrices(model)
-    rest = [parameter for parameter in _trainable(model) if not any(parameter is matrix for matrix in matrices)]
+    matrices = _matrices(model, last)
+    if not matrices:
+        raise ValueError(
+            "optimizer is muon, and the model has no trainable weight of a linear or convolution layer before its last"
+            " one, so that AdamW would take every step; choose adamw, or last: true for the last layer"
+        )
+    taken = set(matrices)
+    rest = [parameter for parameter in _trainable(model) if parameter not in taken]
+    of_muon = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": "match_rms_adamw"}
     groups: list[dict[str, Any]] = [
-        {"rule": "muon", "params": matrices, "lr": lr, "momentum": momentum, "nesterov": nesterov},
+        {"rule": "muon", "params": matrices, **of_muon},
         {"rule": "adamw", "params": rest, "lr": adamw_lr, "betas": adamw_betas},
     ]
     return TwoRules([group | {"weight_decay": weight_decay} for group in groups if group["params"]])
@@ -123,8 +138,37 @@ def lamb(
 OPTIMIZERS: dict[str, Callable[..., Any]] = {"sgd": sgd, "adamw": adamw, "muon": muon, "lamb": lamb}
 
 
-RULES: dict[str, Callable[..., Optimizer]] = {"muon": Muon, "adamw": AdamW, "sgd": SGD}
 WEIGHT_LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class MatrixMuon(Optimizer):
+    """torch's Muon, which takes two axes only, on weights [rows, ...] as matrices [rows, columns].
+
+    Args:
+        params: groups with the settings of torch's Muon.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]]) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not moving:
+                continue
+            matrices = [nn.Parameter(parameter.detach().reshape(len(parameter), -1)) for parameter in moving]
+            for parameter, matrix in zip(moving, matrices, strict=True):
+                matrix.grad = parameter.grad.reshape(matrix.shape)
+            muon = Muon([{**group, "params": matrices}])
+            muon.state.update({m: self.state[p] for m, p in zip(matrices, moving, strict=True)})
+            muon.step()
+            for parameter, matrix in zip(moving, matrices, strict=True):
+                if matrix.data_ptr() != parameter.data_ptr():  # a weight in channels_last is no view
+                    parameter.copy_(matrix.view(parameter.shape))
+
+
+RULES: dict[str, Callable[..., Optimizer]] = {"muon": MatrixMuon, "adamw": AdamW, "sgd": SGD}
 
 
 class TwoRules(Optimizer):
@@ -158,7 +202,9 @@ class TwoRules(Optimizer):
 
 
 class Lamb(Optimizer):
-    """Adam's direction, each tensor's step scaled to the norm of its weights.
+    """Adam's direction, each tensor's step scaled to the norm of its weights (You et al. 2020, algorithm 2).
+
+    pytorch_optimizer's is of an earlier text: moments are not corrected for their start, and norms are cut at 10.
 
     Args:
         params: parameters or groups.
@@ -215,11 +261,11 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
-def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of Linear layers but the last one, whose outputs are the model's; embeddings are no matrices here."""
-    weights = [module._parameters["weight"] for module in model.modules() if isinstance(module, nn.Linear)]
-    hidden = dict.fromkeys(weight for weight in weights[:-1] if weight is not None and weight.requires_grad)
-    return [weight for weight in hidden if weight is not weights[-1]]
+def _matrices(model: nn.Module, last: bool) -> list[nn.Parameter]:
+    """Weights of linear and convolution layers, without that of the last one unless `last`."""
+    weights = [module._parameters["weight"] for module in model.modules() if isinstance(module, WEIGHT_LAYERS)]
+    left = None if last or not weights else weights[-1]
+    return [w for w in dict.fromkeys(weights) if w is not None and w.requires_grad and w is not left]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import nn
 from hpc_kfac import cli
 from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.compare import command, memory, report, runs, tuning
-from hpc_kfac.compare.contenders import OWN, Contender, MuonTrained, Trained
+from hpc_kfac.compare.contenders import OWN, Contender, Trained
 from hpc_kfac.compare.grids import FAMILY, GRIDS
 from hpc_kfac.compare.peers import CONTENDERS
 from hpc_kfac.compare.runs import Result, Run, Spec, learning_rate, take_turns
@@ -318,24 +318,6 @@ def test_every_grid_point_trains(contender: str) -> None:
         assert torch.isfinite(after).all() and not torch.equal(after, before)
         assert all(group["lr"] > 0 for optimizer in trained.optimizers for group in optimizer.param_groups)
         assert trained.traffic() == 0
-
-
-def test_muon_takes_filters_as_matrices() -> None:
-    torch.manual_seed(0)
-    model, loss = small(), CrossEntropyLoss()
-    trained = MuonTrained(model, loss, ALONE, lr=0.02, momentum=0.0)
-    conv, hidden, last = model[0].weight, model[3].weight, model[6].weight
-    start = {p: p.detach().clone() for p in (conv, hidden, last)}
-    inputs, targets = TINY.make(0, None).train.fetch(torch.arange(20))
-    trained.step(inputs, targets)
-    for weight in (conv, hidden):
-        alone = nn.Parameter(start[weight].clone().view(len(weight), -1))
-        assert weight.grad is not None
-        alone.grad = weight.grad.reshape(alone.shape)
-        torch.optim.Muon([alone], lr=0.02, momentum=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
-        torch.testing.assert_close(weight.detach().flatten(1), alone.detach())
-        assert not torch.equal(weight, start[weight])
-    assert (last.detach() - start[last]).abs().max() == pytest.approx(1e-3, rel=1e-2)  # AdamW's first step
 
 
 def test_adahessian_finds_the_diagonal() -> None:

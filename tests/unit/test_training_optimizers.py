@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from hpc_kfac.tasks.models_vision import cnn
 from hpc_kfac.training.optimizers import (
     OPTIMIZERS,
     Lamb,
@@ -56,22 +57,38 @@ def test_lamb_first_step_in_closed_form() -> None:
     torch.testing.assert_close(weight.detach(), start - 0.1 * 5 * direction / direction.norm())
 
 
-def test_muon_takes_hidden_matrices_only_and_equals_the_two_optimizers() -> None:
-    model = net()
-    twin = copy.deepcopy(model)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["", "channels_last"])
+def test_muon_steps_hidden_matrices_and_filters_and_leaves_the_rest_to_adamw(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(cnn(size=8), nn.Tanh(), nn.Linear(10, 3)).to(memory_format=layout)
+    x = torch.randn(4, 1, 8, 8)
+    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)][:-1]
+    assert sum(matrix.ndim == 4 for matrix in matrices) > 1 and matrices[-1].ndim == 2
+    twins = {p: nn.Parameter(p.detach().clone().reshape(len(p), -1) if p.ndim == 4 else p.detach().clone())
+             for p in model.parameters()}  # fmt: skip
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizer = muon(model, lr=0.02, adamw_lr=0.003, weight_decay=0.1)
-    matrices = [twin[1].weight, twin[3].weight]
-    rest = [p for p in twin.parameters() if not any(p is m for m in matrices)]
-    first = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.1)
-    second = torch.optim.AdamW(rest, lr=0.003, betas=(0.9, 0.95), weight_decay=0.1)
-    for _ in range(3):
-        backward(model)
-        optimizer.step()
-        backward(twin)
-        first.step()
-        second.step()
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert [[*group["params"]] for group in optimizer.param_groups] == [matrices, rest]
+    settings = {"momentum": 0.95, "nesterov": True, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    first = torch.optim.Muon([twins[p] for p in matrices], lr=0.02, **settings)
+    second = torch.optim.AdamW([twins[p] for p in rest], lr=0.003, betas=(0.9, 0.95), weight_decay=0.1)
+    for factor in (1.0, 0.5, 0.25):
+        model.zero_grad()
+        model(x).square().mean().backward()
+        for p, twin in twins.items():
+            twin.grad = p.grad.reshape(twin.shape)
+        for update in (optimizer, first, second):
+            set_learning_rate(update, factor)
+            update.step()
+    for p, twin in twins.items():
+        assert torch.equal(p.detach().reshape(twin.shape), twin)
+
+
+def test_muon_without_a_matrix_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="optimizer is muon, and the model has no .* choose adamw, or last: true"):
+        muon(model)
+    assert muon(model, last=True).param_groups[0]["params"] == [model[1].weight]
 
 
 def test_sgd_leaves_what_is_no_layer_of_weights_to_adamw() -> None:
@@ -95,19 +112,24 @@ def test_sgd_leaves_what_is_no_layer_of_weights_to_adamw() -> None:
 
 
 def test_muon_state_survives_saving() -> None:
-    model = net()
-    optimizer = muon(model)
-    backward(model)
-    optimizer.step()
+    torch.manual_seed(0)
+    model, x = cnn(size=8), torch.randn(4, 1, 8, 8)
     twin = copy.deepcopy(model)
-    restored = muon(twin)
+    optimizer, restored = muon(model), muon(twin)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model.zero_grad()
+        model(x).square().mean().backward()
+        set_learning_rate(optimizer, 0.5)
+        optimizer.step()
+
+    step(model, optimizer)
+    twin.load_state_dict(model.state_dict())
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for which, update in ((model, optimizer), (twin, restored)):
-        backward(which)
-        set_learning_rate(update, 0.5)
-        update.step()
+        step(which, update)
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        assert torch.equal(ours, theirs)
 
 
 def test_weight_decay_spares_vectors() -> None:
