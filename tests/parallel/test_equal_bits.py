@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -15,14 +16,15 @@ from hpc_kfac.engine.state import StepInputs
 from hpc_kfac.layers.linear import LinearLayer
 from parallel.small_training import RELATIVES, train
 
-PRODUCTS = (2.0**60, 1.0, -(2.0**60), 1.0)
-"""Of four layers. Their sum is 0, 1 or 2: it depends on which are added first."""
+PRODUCTS = (2.0**53, 1.0, 1.0, 1.0)
+"""Of four layers. Their sum exceeds the first by 0, 2 or 4: it depends on which are added first."""
 
 
 @pytest.mark.ranks(4)
 def test_the_bound_of_a_step_does_not_depend_on_the_owners(comm):
     model = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in PRODUCTS)).double()
     layers = {name: LinearLayer(name, module) for name, module in model.named_children()}
+    assert len({math.sqrt(0.1 / sum(order)) for order in itertools.permutations(PRODUCTS)}) > 1
     scales = set()
     for owners in itertools.permutations(range(4)):
         owned = {name: owner == comm.rank for name, owner in zip(layers, owners, strict=True)}
@@ -30,7 +32,8 @@ def test_the_bound_of_a_step_does_not_depend_on_the_owners(comm):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         for name, product in zip(layers, PRODUCTS, strict=True):
-            agreement.measure(name, torch.full((1, 1, 1), product).double(), torch.ones(1, 1, 1).double())
+            update, gradient = torch.full((1, 1, 1), product).double(), torch.ones(1, 1, 1).double()
+            agreement.downhill(name, update, gradient, None)
         inputs = StepInputs(0, 0.1, dict.fromkeys(layers, 1.0), {}, False, lambda: None)
         scales.add(agreement.reduce(inputs, 0.0, 0, {}).kl_scale)
     assert len(scales) == 1
