@@ -161,9 +161,11 @@ class MatrixMuon(Optimizer):
             for parameter, matrix in zip(moving, matrices, strict=True):
                 matrix.grad = parameter.grad.reshape(matrix.shape)
             muon = Muon([{**group, "params": matrices}])
-            muon.state.update({m: self.state[p] for m, p in zip(matrices, moving, strict=True)})
+            for parameter, matrix in zip(moving, matrices, strict=True):
+                muon.state[matrix] = {k: v.reshape(matrix.shape) for k, v in self.state[parameter].items()}
             muon.step()
             for parameter, matrix in zip(moving, matrices, strict=True):
+                self.state[parameter] = {k: v.view(parameter.shape) for k, v in muon.state[matrix].items()}
                 if matrix.data_ptr() != parameter.data_ptr():  # a weight in channels_last is no view
                     parameter.copy_(matrix.view(parameter.shape))
 

@@ -82,6 +82,7 @@ def test_muon_steps_hidden_matrices_and_filters_and_leaves_the_rest_to_adamw(lay
             update.step()
     for p, twin in twins.items():
         assert torch.equal(p.detach().reshape(twin.shape), twin)
+    assert all(optimizer.state[matrix]["momentum_buffer"].shape == matrix.shape for matrix in matrices)
 
 
 def test_muon_without_a_matrix_is_refused() -> None:
