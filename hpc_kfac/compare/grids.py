@@ -98,7 +98,8 @@ DIGITS: dict[str, list[Settings]] = {
 # For the comparison of our methods with each other: four points each, on all tasks the same.
 # Intervals are K-FAC's, 20 and 100, except where a method lives on more frequent ones.
 LIKE_KFAC: Settings = {"statistics": 20, "refresh": 100}
-RELATIVE: Settings = {"damping": [0.1, 0.3], "relative_damping": True, **LIKE_KFAC}
+SHARES: Settings = {"relative_damping": True}
+RELATIVE: Settings = {"damping": [0.1, 0.3], **SHARES, **LIKE_KFAC}
 EVERY_STEP: Settings = {"statistics": 1, "refresh": 1, "early": 1}
 EVERY_10: Settings = {"statistics": 10, "refresh": 10, "early": 10}
 FAMILY: dict[str, list[Settings]] = {
@@ -107,15 +108,12 @@ FAMILY: dict[str, list[Settings]] = {
         **dict.fromkeys(("kfac", "tkfac", "kpsvd", "skfac", "tnt"), RELATIVE),
         # Not split between two factors, which makes the same figure a weaker damping.
         **dict.fromkeys(("ekfac", "tekfac"), {**RELATIVE, "damping": [0.1, 1.0]}),
-        "eva": {"damping": [0.03, 0.3], **EVERY_STEP},
-        "eva_f": {"damping": [0.03, 0.3], **EVERY_STEP},
-        "eva_s": {"damping": [1e-3, 0.1], **EVERY_STEP},
-        "mkor": {"damping": [0.05, 0.2], **EVERY_10},
-        "sample_matrix": {"damping": [0.1, 1.0], **LIKE_KFAC},
-        "hylo": {"damping": [0.1, 1.0], **LIKE_KFAC},
-        "seng": {"damping": [3.0, 30.0], **LIKE_KFAC},
+        **dict.fromkeys(("eva", "eva_f"), {**SHARES, "damping": [0.03, 0.3], **EVERY_STEP}),
+        "eva_s": {**SHARES, "damping": [0.01, 0.1], **EVERY_STEP},
+        "mkor": {**SHARES, "damping": [0.1, 0.3], **EVERY_10},
+        **dict.fromkeys(("sample_matrix", "hylo", "seng"), {"damping": [0.1, 1.0], **LIKE_KFAC}),
         "shampoo": {"damping": [1e-4, 1e-2], "statistics": 1, "refresh": 20, "early": 5},
-        "soap": {"damping": [1e-8, 1e-3], "statistics": 1, "refresh": 10, "early": 5},
+        "soap": {**SHARES, "damping": [0.01, 0.1], "statistics": 1, "refresh": 10, "early": 5},
         "jorge": {"damping": [0.1, 1.0], **EVERY_10},
     }.items()
 }
