@@ -70,7 +70,7 @@ COMMANDS = {
         "methods side by side on one task",
         "hpc_kfac.compare.command:bench",
     ),
-    "info": Command("", "what is installed: versions, MPI, Horovod, GPUs, cores", "hpc_kfac.cluster.environment:info"),
+    "info": Command("", "what is installed: versions, MPI, Horovod, GPUs, cores", "hpc_kfac.cluster.command:info"),
 }
 
 

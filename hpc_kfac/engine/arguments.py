@@ -11,10 +11,10 @@ from torch import nn
 
 from hpc_kfac.distributed import Kaisa
 from hpc_kfac.engine.precision import Precision
+from hpc_kfac.engine.settling import OPEN
 from hpc_kfac.methods.method import Method
 from hpc_kfac.options.schedule import Schedule
 from hpc_kfac.options.step_control import FixedNorm, KLClip
-from hpc_kfac.options.wants import OPEN
 
 Check = tuple[Callable[[Any], bool], str]
 

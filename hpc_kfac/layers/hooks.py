@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-
-if TYPE_CHECKING:
-    from hpc_kfac.layers.capture import Capture
 
 INFRASTRUCTURE = (
     torch._C._TorchDispatchModeKey.FAKE,
@@ -19,6 +17,20 @@ INFRASTRUCTURE = (
     torch._C._TorchDispatchModeKey.FUNCTIONAL,
 )
 """Dispatch modes under which a pass is traced and not computed."""
+
+
+class Told(Protocol):
+    """Whom hooks tell."""
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """By name."""
+
+    def reached(self, name: str, x: Tensor, output: Tensor) -> None:
+        """A forward pass has come through a layer."""
+
+    def completed(self, name: str) -> None:
+        """A backward pass has completed the gradient of a layer's weight."""
 
 
 class ForwardHook:
@@ -29,7 +41,7 @@ class ForwardHook:
         name: of the layer.
     """
 
-    def __init__(self, capture: Capture, name: str) -> None:
+    def __init__(self, capture: Told, name: str) -> None:
         self._capture, self._name = capture, name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -61,7 +73,7 @@ class GradientHook:
         name: of the layer.
     """
 
-    def __init__(self, capture: Capture, name: str) -> None:
+    def __init__(self, capture: Told, name: str) -> None:
         self._found, self._name = weakref.ref(capture), name
 
     @torch._disable_dynamo

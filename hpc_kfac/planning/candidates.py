@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 
 from hpc_kfac.distributed import Kaisa
+from hpc_kfac.engine.settling import OPEN, settle
 from hpc_kfac.methods import METHODS
 from hpc_kfac.options.fisher import FisherSource
 from hpc_kfac.options.schedule import Schedule
 from hpc_kfac.options.step_control import StepControl
-from hpc_kfac.options.wants import OPEN, settle
 from hpc_kfac.planning.clocks import Conditions
 from hpc_kfac.planning.forecast import Case, Forecast, forecast
 from hpc_kfac.planning.machine import Machine

@@ -22,9 +22,9 @@ from jsonargparse.typing import register_type
 import hpc_kfac as hk
 from hpc_kfac.checkpoint import Checkpointing
 from hpc_kfac.cluster.errors import InputError
+from hpc_kfac.engine.settling import OPEN, Settled, settle
 from hpc_kfac.methods import METHODS
 from hpc_kfac.options.step_control import StepControl
-from hpc_kfac.options.wants import OPEN, Settled, settle
 from hpc_kfac.tasks.tasks import TASKS
 from hpc_kfac.training.optimizers import OPTIMIZERS, SCHEDULES
 
