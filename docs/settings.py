@@ -53,6 +53,7 @@ def document() -> str:
     parts = [HEAD, "## The run itself", table(RunSettings)]
     for key, kind in KINDS.items():
         choices = ", ".join(f"`{name}`" for name in kind.choices)
+        choices += kind.words.removeprefix(", ".join(kind.choices))
         parts.append(f"## {key}\n\nOne of {choices}; default {default_of(key)}.")
         for name, make in kind.choices.items():
             if make is not None:

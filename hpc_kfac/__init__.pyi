@@ -4,6 +4,7 @@ from . import checkpoint, methods
 from .distributed import Kaisa, Rates
 from .engine.precision import Precision
 from .engine.step_report import LayerReport, StepReport
+from .extending import register, register_layer
 from .guards.same_weights import WeightsDiffer
 from .layers import (
     CapturedLayer,
@@ -13,7 +14,6 @@ from .layers import (
     PositionBatch,
     Reading,
     Use,
-    register_layer,
 )
 from .methods import EKFAC, KFAC, METHODS, Eva, Method, SampleMatrix
 from .notices import CurvatureWarning, Refused
@@ -70,5 +70,6 @@ __all__ = [
     "Use",
     "Wants",
     "WeightsDiffer",
+    "register",
     "register_layer",
 ]

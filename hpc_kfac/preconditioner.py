@@ -54,7 +54,7 @@ from hpc_kfac.guards.same_weights import DRIFTED, STARTED, check_weights
 from hpc_kfac.guards.written import Written
 from hpc_kfac.layers import Capture, CapturedLayer, LayerShape
 from hpc_kfac.methods import KFAC
-from hpc_kfac.methods.method import Method
+from hpc_kfac.methods.method import Method, as_method
 from hpc_kfac.notices import Notices, Refused
 from hpc_kfac.options.damping import LevenbergMarquardt, as_damping
 from hpc_kfac.options.fisher import CrossEntropy, FisherSource, OutputDistribution
@@ -116,7 +116,7 @@ class Preconditioner:
         model: the model; supported layers with trainable parameters are captured, the rest is left to the optimizer.
         optimizer: the optimizer that takes the preconditioned gradients. Its groups, learning rates and momentum are
             read in every step: `KLClip` needs the learning rate, `FixedNorm` and `Orthogonal` the momentum.
-        method: the curvature method.
+        method: the curvature method; a class, or a name of `METHODS`, stands for one with its own settings.
         placement: which ranks decompose and precondition which layers.
         schedule: when statistics are taken and factors decomposed; None, and intervals that are None, for the method's.
         step_control: Orthogonal, FixedNorm, TrustRegion, KLClip, or None for none; "method" for what the method wants.
@@ -148,7 +148,7 @@ class Preconditioner:
         model: nn.Module,
         optimizer: Any = None,
         *,
-        method: Method | None = None,
+        method: Method | type[Method] | str | None = None,
         placement: Kaisa | None = None,
         schedule: Schedule | None = None,
         step_control: StepControl | Literal["method"] = OPEN,
@@ -163,9 +163,9 @@ class Preconditioner:
         check_weights_every: int | None = None,
         stall_seconds: float | None = None,
     ) -> None:
-        given = locals()
+        given = locals() | {"method": as_method(method)}
         check_arguments({name: given[name] for name in CHECKS})
-        self.method = method or KFAC()
+        self.method: Method = given["method"] or KFAC()
         self.settled = settle(self.method, schedule, fisher, step_control)
         told = contradiction(self.method, fisher)
         schedule, fisher, step_control = self.settled.schedule, self.settled.fisher, self.settled.step_control
@@ -283,6 +283,16 @@ class Preconditioner:
         self._written = Written(self.capture)
         self._attachments.claim()
         self._start_step()
+
+    def __repr__(self) -> str:
+        """Method, layers, placement and ranks. Local."""
+        placed, share = self.assignment, 100 * self.capture.coverage
+        return (
+            f"Preconditioner({self.method!r},\n"
+            f"  {len(self.capture.layers)} layers with {share:.1f} % of the trainable parameters,\n"
+            f"  placement: {placed.workers} of {placed.trainers} rank(s) a layer, factors {placed.factors!r},"
+            f" helpers {placed.helpers},\n  rank {self._comm.rank} of {self._comm.size}, step {self.steps})"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise Refused(

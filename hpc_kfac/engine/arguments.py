@@ -44,8 +44,11 @@ CHECKS: dict[str, Check] = {
         lambda value: not isinstance(value, type | nn.Module),  # what has no groups is told where they are read
         "pass the torch optimizer of the model: Preconditioner(model, optimizer)",
     ),
-    "method": (_a(Method), 'pass a method such as hk.KFAC(), or hk.METHODS["kfac"]()'),
-    "placement": (_a(Kaisa), "pass hk.Kaisa(...), such as hk.Kaisa(0.5), or None"),
+    "method": (_a(Method), 'pass a method such as hk.KFAC(), or a name such as "kfac"'),
+    "placement": (
+        _a(Kaisa),
+        "pass hk.Kaisa(share of the ranks that precondition a layer): hk.Kaisa(0) is MEM-OPT, hk.Kaisa(1) COMM-OPT",
+    ),
     "schedule": (_a(Schedule), "pass hk.Schedule(...), such as hk.Schedule(statistics=10, refresh=10), or None"),
     "step_control": (
         lambda value: value == OPEN if isinstance(value, str) else _a(FixedNorm, KLClip)(value),

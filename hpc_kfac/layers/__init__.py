@@ -5,7 +5,7 @@ from hpc_kfac.layers.capture import Capture
 from hpc_kfac.layers.layer import CapturedLayer
 from hpc_kfac.layers.linear import LinearBatch, LinearLayer
 from hpc_kfac.layers.positions import Part, PositionBatch
-from hpc_kfac.layers.selection import LeftOut, register_layer
+from hpc_kfac.layers.selection import LeftOut
 
 __all__ = [
     "Capture",
@@ -19,5 +19,4 @@ __all__ = [
     "PositionBatch",
     "Reading",
     "Use",
-    "register_layer",
 ]

@@ -37,25 +37,6 @@ CLOSED: dict[type[nn.Module], str] = {
 }
 
 
-def register_layer(module: type[nn.Module], layer: type[CapturedLayer]) -> None:
-    """Has modules of a class captured, from the next preconditioner on, in place of what captured them before.
-
-    Subclasses of the module's class are captured too, unless they have a forward of their own.
-
-    Args:
-        module: the class of the modules.
-        layer: says what is captured of them.
-
-    Raises:
-        ValueError: one of the two is no such class.
-    """
-    if not (isinstance(module, type) and issubclass(module, nn.Module)):
-        raise ValueError(f"{module!r} is no class of modules; give a subclass of torch.nn.Module")
-    if not (isinstance(layer, type) and issubclass(layer, CapturedLayer)):
-        raise ValueError(f"{layer!r} is no class of layers; give a subclass of hpc_kfac.CapturedLayer")
-    FAMILIES[module] = layer
-
-
 @dataclass(frozen=True)
 class LeftOut:
     """A module whose trainable parameters are left to the base optimizer.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -117,6 +119,25 @@ class Named(Mapping[str, "type[Method]"]):
             )
         self._methods[method.name] = method
 
+    def find(self, name: str) -> type[Method]:
+        """The class of a name, or at a path ``package.module:Class``.
+
+        Raises:
+            ValueError: there is none.
+        """
+        module, colon, attribute = name.partition(":")
+        if not colon:
+            if name in self:
+                return self[name]
+            raise ValueError(f"method is {name!r}; choose one of {', '.join(self)}, or a path package.module:Class")
+        try:
+            found = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"method is {name!r}, and {error}; is its package installed, or on PYTHONPATH?") from error
+        if not is_method(found):
+            raise ValueError(f"method is {name!r}, which is no complete subclass of hpc_kfac.Method; give one")
+        return found
+
     def __getitem__(self, name: str) -> type[Method]:
         return self._methods[name]
 
@@ -149,6 +170,10 @@ class Method(ABC):
     """Whether a refresh takes so little, or nothing, that every rank does its own, and the result is never sent."""
     wants = Wants()
     """What it takes for settings that the user leaves open, after its paper; one that says nothing takes K-FAC's."""
+
+    if TYPE_CHECKING:  # METHODS["mkor"](damping=0.1) is a call that type checkers allow; subclasses have settings
+
+        def __init__(self, **settings: Any) -> None: ...
 
     def __init_subclass__(cls) -> None:
         """Makes the class known by its name, and completes its docstring by the settings of its parents for help texts.
@@ -325,6 +350,21 @@ class Method(ABC):
             positive("damping", self.damping)
         if not 0.0 <= self.decay < 1.0:
             raise ValueError(f"decay is {self.decay}; give the weight of the old average, from 0 up to below 1")
+
+
+def is_method(value: Any) -> bool:
+    """Whether it is a class of methods that lacks nothing."""
+    return isinstance(value, type) and issubclass(value, Method) and not inspect.isabstract(value)
+
+
+def as_method(value: Any) -> Any:
+    """A method given by name, path or class, with its own settings; anything else as it is.
+
+    Raises:
+        ValueError: there is no method of that name or path.
+    """
+    found = NAMED.find(value) if isinstance(value, str) else value
+    return found() if is_method(found) else found
 
 
 def settings_of(docstring: str) -> dict[str, str]:

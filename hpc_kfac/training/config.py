@@ -24,6 +24,7 @@ from hpc_kfac.checkpoint import Checkpointing
 from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.engine.settling import OPEN, Settled, settle
 from hpc_kfac.methods import METHODS
+from hpc_kfac.methods.method import NAMED
 from hpc_kfac.options.step_control import StepControl
 from hpc_kfac.tasks.tasks import TASKS
 from hpc_kfac.training.optimizers import OPTIMIZERS, SCHEDULES
@@ -164,11 +165,18 @@ class Kind:
         choices: name -> function or class; None for a choice that builds nothing.
         default: the name taken when none is given.
         given: an argument that the trainer supplies; all others are settings.
+        elsewhere: finds what is at an import path; raises ValueError.
     """
 
     choices: Mapping[str, Callable[..., Any] | None]
     default: str
     given: str | None = None
+    elsewhere: Callable[[str], Callable[..., Any]] | None = None
+
+    @property
+    def words(self) -> str:
+        """The choices."""
+        return ", ".join(self.choices) + (", or a path package.module:Class" if self.elsewhere else "")
 
     def find(self, key: str, name: str) -> Callable[..., Any] | None:
         """The function or class of that name.
@@ -176,8 +184,13 @@ class Kind:
         Raises:
             InputError: there is none.
         """
+        if name not in self.choices and self.elsewhere is not None and ":" in name:
+            try:
+                return self.elsewhere(name)
+            except ValueError as error:
+                raise InputError(str(error)) from error
         if name not in self.choices:
-            raise InputError(f"{key} is {name!r}; choose one of {', '.join(self.choices)}")
+            raise InputError(f"{key} is {name!r}; choose one of {self.words}")
         return self.choices[name]
 
 
@@ -185,7 +198,7 @@ KINDS = {
     "task": Kind(TASKS, "digits", given="seed"),
     "optimizer": Kind(OPTIMIZERS, "sgd", given="model"),
     "lr_schedule": Kind(SCHEDULES, "constant", given="length"),
-    "method": Kind(ChainMap(cast(Any, METHODS), {"none": None}), "kfac"),
+    "method": Kind(ChainMap(cast(Any, METHODS), {"none": None}), "kfac", elsewhere=NAMED.find),
     "placement": Kind({"kaisa": hk.Kaisa}, "kaisa"),
     "schedule": Kind({"intervals": hk.Schedule}, "intervals"),
     "step_control": Kind(
@@ -379,7 +392,7 @@ def _parser(
     parser.add_argument("--config", action="config", help="A further YAML file.")
     parser.add_class_arguments(RunSettings, None, instantiate=False)
     for key, kind in KINDS.items():
-        parser.add_argument(f"--{key}.name", type=str, default=names[key], help=f"One of {', '.join(kind.choices)}.")
+        parser.add_argument(f"--{key}.name", type=str, default=names[key], help=f"One of {kind.words}.")
         make = makers[key]
         if isinstance(make, type):
             parser.add_class_arguments(make, key, instantiate=False)

@@ -18,10 +18,17 @@ import hpc_kfac as hk
         ("step_control", "orthogonal", "step_control is 'orthogonal'; pass hk.Orthogonal(), hk.KLClip(1e-3)"),
         ("step_control", hk.KLClip, "step_control is the class KLClip; pass hk.Orthogonal()"),
         ("step_control", 0.001, "step_control is 0.001; pass"),
-        ("method", "kfac", "method is 'kfac'; pass a method such as hk.KFAC(), or hk.METHODS[\"kfac\"]()"),
-        ("method", hk.KFAC, "method is the class KFAC; pass"),
+        ("method", "k-fac", "method is 'k-fac'; choose one of ekfac, "),
+        ("method", "nowhere.at_all:Mine", "method is 'nowhere.at_all:Mine', and No module named 'nowhere'"),
+        ("method", "torch:Tensor", "method is 'torch:Tensor', which is no complete subclass of hpc_kfac.Method"),
+        ("method", hk.Method, 'method is the class Method; pass a method such as hk.KFAC(), or a name such as "kfac"'),
         ("method", False, "method is False; pass"),
         ("schedule", 10, "schedule is 10; pass hk.Schedule"),
+        (
+            "placement",
+            "mem-opt",
+            "placement is 'mem-opt'; pass hk.Kaisa(share of the ranks that precondition a layer): ",
+        ),
         ("placement", 0.5, "placement is 0.5; pass hk.Kaisa"),
         ("precision", "bfloat16", "precision is 'bfloat16'; pass hk.Precision"),
         ("precision", torch.bfloat16, "precision is an object of the class dtype; pass hk.Precision"),
@@ -43,6 +50,16 @@ import hpc_kfac as hk
 def test_arguments_of_the_preconditioner(name: str, value: Any, told: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(told)):
         hk.Preconditioner(nn.Linear(2, 2), **{name: value})
+
+
+@pytest.mark.parametrize("given", ["mkor", hk.methods.MKOR, "hpc_kfac.methods:MKOR"])
+def test_a_method_by_name_class_and_path(given: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Bilinear(2, 2, 1))
+    preconditioner = hk.Preconditioner(model, method=given)
+    assert preconditioner.method == hk.methods.MKOR()
+    told = " ".join(repr(preconditioner).split())
+    assert told.startswith("Preconditioner(MKOR(damping=") and "1 layers with 61.5 % of the trainable" in told
+    assert "placement: 1 of 1 rank(s) a layer" in told and told.endswith("rank 0 of 1, step 0)")
 
 
 def test_model_and_optimizer_swapped() -> None:
