@@ -27,26 +27,32 @@ class Merged:
     lost: float = 0.0
 
     def add(self, method: Method, batch: LayerBatch, state: LayerState, shape: LayerShape) -> bool:
-        """Takes one more micro-batch in, unless it has overflown; whether it did."""
+        """Takes one more micro-batch in, unless it has overflown; whether it did.
+
+        One without loss terms, whose gradients are zeros, counts where means are over uses.
+        """
+        if not (batch.count or batch.input_rows):
+            return True
+        count, batch.count = batch.count, batch.count or 1.0  # sums of zeros are divided by it
         fresh = method.collect(batch, state.view(), shape)
         if not all(is_finite(tensor) for tensor in fresh.values()):
-            self.lost += batch.count
+            self.lost += count
             return False
+        counts: dict[Over, float] = {"uses": batch.input_rows, "terms": count}
         if self.state:
-            self._merge(method, fresh, batch, shape)
+            self._merge(method, fresh, counts, shape)
         else:
             self.state = fresh
-        self.weights["uses"] += batch.input_rows
-        self.weights["terms"] += batch.count
+        for over, more in counts.items():
+            self.weights[over] += more
         return True
 
-    def _merge(self, method: Method, fresh: State, batch: LayerBatch, shape: LayerShape) -> None:
+    def _merge(self, method: Method, fresh: State, counts: dict[Over, float], shape: LayerShape) -> None:
         over = {spec.name: spec.over for spec in method.state(shape)}
-        counts: dict[Over, float] = {"uses": batch.input_rows, "terms": batch.count}
         for kind, count in counts.items():
             part = {name: tensor for name, tensor in fresh.items() if over.get(name, "terms") == kind}
-            if part and count > 0:
-                method.merge(self.state, part, count / (self.weights[kind] + count))
+            if part:
+                method.merge(self.state, part, count / (self.weights[kind] + count) if count > 0 else 0.0)
 
 
 class StepTerms:

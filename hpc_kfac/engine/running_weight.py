@@ -46,7 +46,7 @@ class Weight:
             terms: of this step, likewise.
         """
         if self.uses is None:
-            self.uses = self.terms * uses / terms
+            self.uses = self.terms * uses / terms if terms > 0 else self.terms
         old: dict[Over, float] = {"uses": decay * self.uses, "terms": decay * self.terms}
         self.uses, self.terms = old["uses"] + uses, old["terms"] + terms
         self.idle *= decay

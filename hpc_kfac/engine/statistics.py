@@ -277,6 +277,8 @@ class Collector:
         shaped = None if mask is None else aligned(mask, outputs, loss)
         if shaped is not None:
             seeds = seeds * shaped.to(seeds.dtype)
+        elif not terms:
+            seeds = torch.zeros_like(seeds)
         edges = [edge for _, edge in pairs]
         gradients = torch.autograd.grad(
             outputs, edges, grad_outputs=seeds, retain_graph=True, allow_unused=True, is_grads_batched=exact
@@ -308,7 +310,7 @@ class Collector:
         """Statistics of one micro-batch, merged with those of the earlier ones of this step."""
         self.passes[name] += 1
         self._terms.use(name, self._pass, max(batch.count, 0.0))
-        if batch.count <= 0:
+        if batch.count < 0:
             return
         batch.ranks = self._ranks
         merged = self._merged.setdefault(name, Merged())

@@ -228,9 +228,9 @@ class Method(ABC):
 
     def complete(self, merged: State, terms: Terms, state: State, shape: LayerShape) -> State:
         """The statistics of a step, of its merged micro-batches; means over terms count those without the layer too."""
-        share = terms.used / terms.all
-        if share == 1.0:
+        if terms.used == terms.all:
             return merged
+        share = terms.used / terms.all
         over = {spec.name: spec.over for spec in self.state(shape)}
         return {name: value if over.get(name) == "uses" else value * share for name, value in merged.items()}
 

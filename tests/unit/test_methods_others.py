@@ -134,7 +134,7 @@ def test_state_table_is_what_the_functions_make(method: Method, shape: LayerShap
 @EACH
 def test_non_finite_running_tensor_is_an_error(method: Method) -> None:
     for name in names(method, SHAPE, "running"):
-        if name in ("second_moment", "valid"):
+        if name in ("second_moment", "valid", "skipped"):
             continue
         _, state = settled(method, SHAPE)
         state[name].view(-1)[0] = float("nan")
@@ -295,9 +295,13 @@ def test_older_rows_count_where_no_rank_has_newer_ones() -> None:
         method.skip(running[0], terms, SHAPE)
         running[1] = method.statistics(batches[1], running[1], SHAPE)
         torch.testing.assert_close(found(), 2 * own[1] / (terms + 2))
-    method.skip(running[0], 6.0, SHAPE)
-    method.skip(running[1], 2.0, SHAPE)
-    torch.testing.assert_close(found(), (6 * own[0] + 2 * own[1]) / 8)
+    for terms in ((6.0, 2.0), (0.0, 0.0), (1.0, 9.0)):  # no rank uses it: all stays as it was in the last step with it
+        for rank in (0, 1):
+            method.skip(running[rank], terms[rank], SHAPE)
+        torch.testing.assert_close(found(), 2 * own[1] / (8.0 + 2))
+    running[0] = method.statistics(batches[0], running[0], SHAPE)
+    method.skip(running[1], 4.0, SHAPE)
+    torch.testing.assert_close(found(), 3 * own[0] / (3 + 4))
 
 
 def test_sample_matrix_uses_the_rows_of_its_refresh() -> None:

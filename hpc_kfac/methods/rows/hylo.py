@@ -167,7 +167,7 @@ def _interpolation(kernel: Tensor, rows: int, damping: float) -> tuple[Tensor, T
     chosen = kernel.gather(2, index.unsqueeze(1).expand(-1, kernel.shape[1], -1))
     square = chosen.gather(1, index.unsqueeze(2).expand(-1, -1, count))
     # More rows than the rank of K leave the square singular.
-    interpolation = chosen @ torch.linalg.pinv(square, hermitian=True, rtol=10 * count * torch.finfo(kernel.dtype).eps)
+    interpolation = chosen @ torch.linalg.pinv(square, hermitian=True, rtol=torch.finfo(kernel.dtype).eps ** 0.5)
     error = kernel - interpolation @ chosen.mT
     error = (error + error.mT).mul_(0.5)
     coupling = interpolation.mT @ damped_inverse(error, damping) @ interpolation

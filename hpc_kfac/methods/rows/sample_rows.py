@@ -16,13 +16,18 @@ from hpc_kfac.options.damping import Damping
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
 
+REMEMBERED = 8
+"""Statistics steps whose loss terms are kept for rows that are older."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRows(Method):
     """Keeps X [p, n, a] and R [p, n, o] of the latest batch and gathers those of all ranks.
 
     Rows of all micro-batches of a step are put together; what exceeds `rows` is thinned out evenly. "valid" says for
-    how many samples a row stands, and "terms" how many loss terms the rank had: ranks count by their samples.
+    how many samples a row stands, "terms" how many loss terms the rank had, and "skipped" how many statistics steps
+    have come since, and the loss terms of the latest of these, newest first. So the rows of the last step in which any
+    rank used the layer count, and each rank by its loss terms of that step.
 
     Args:
         damping: added to the curvature, or a `Damping`; the value of the last refresh counts.
@@ -48,11 +53,25 @@ class SampleRows(Method):
             raise ValueError(f"positions is {self.positions!r}; choose sum or subsample")
 
     def row_specs(self, shape: LayerShape) -> tuple[StateSpec, ...]:
-        """X, R, the samples that each row stands for (0 for padding), and the rank's loss terms."""
-        n = self.rows
-        sizes = {"X": (n, shape.inputs), "R": (n, shape.outputs), "valid": (n, 1), "terms": (1, 1)}
+        """X, R, the samples that each row stands for (0 for padding), the rank's loss terms, and steps without it."""
+        n, since = self.rows, 1 + REMEMBERED
+        sizes = {
+            "X": (n, shape.inputs),
+            "R": (n, shape.outputs),
+            "valid": (n, 1),
+            "terms": (1, 1),
+            "skipped": (since, 1),
+        }
         return tuple(
-            StateSpec(name, (shape.blocks, *size), "running", reduce="gather", lives="all", rank_axes=(1,))
+            StateSpec(
+                name,
+                (shape.blocks, *size),
+                "running",
+                reduce="gather",
+                lives="all",
+                rank_axes=(1,),
+                needed=name != "skipped",
+            )
             for name, size in sizes.items()
         )
 
@@ -106,13 +125,13 @@ class SampleRows(Method):
         p, n = first.shape[:2]
         found = {**found, "valid": first.new_full((p, n, 1), samples / max(n, 1))}
         padded = {name: F.pad(rows, (0, 0, 0, self.rows - n)) for name, rows in found.items()}
-        return {**padded, "terms": first.new_full((p, 1, 1), terms.all)}
+        skipped = first.new_zeros((p, 1 + REMEMBERED, 1))
+        return {**padded, "terms": first.new_full((p, 1, 1), terms.all), "skipped": skipped}
 
     def skip(self, running: State, terms: float, shape: LayerShape) -> None:
-        """Older rows, marked by a negative number of samples, only count where no rank has newer ones."""
-        if "valid" in running:
-            running["valid"] = -running["valid"].abs()
-        running["terms"] = torch.full((shape.blocks, 1, 1), terms)
+        """Older rows only count where no rank has newer ones."""
+        old = running.get("skipped", torch.zeros(shape.blocks, 1 + REMEMBERED, 1))
+        running["skipped"] = torch.cat([old[:, :1] + 1.0, torch.full_like(old[:, :1], terms), old[:, 1:-1]], dim=1)
 
     def fold(self, state: State, fresh: State, decay: float) -> None:
         """Replaces the rows."""
@@ -138,18 +157,37 @@ def output_weights(state: State) -> Tensor:
 
 
 def rank_terms(state: State) -> Tensor:
-    """Loss terms of each rank [p, ranks, 1]; of rows that were saved without them, as many as rows."""
+    """Loss terms [p, ranks, 1] of each rank in the step whose rows count; of rows saved without any, the samples."""
     valid = _valid(state)
     if "terms" not in state:
         return valid.sum(1, keepdim=True)
-    terms = state["terms"].to(valid)
-    return torch.where(terms == 0, valid.unflatten(1, (terms.shape[1], -1)).sum(2), terms)
+    terms, (steps, newest) = state["terms"].to(valid), _ages(state)
+    if "skipped" in state:
+        since = state["skipped"].to(valid).unflatten(1, (terms.shape[1], -1))[:, :, 1:, 0]
+        then = newest.long().clamp_max(REMEMBERED - 1).expand(*steps.shape[:2], 1)
+        terms = torch.where(steps == newest, terms, since.gather(2, then))
+    told = terms.sum(1, keepdim=True) != 0
+    return torch.where(told, terms, valid.unflatten(1, (terms.shape[1], -1)).sum(2))
 
 
 def _valid(state: State) -> Tensor:
-    """How many samples each row stands for [p, n, 1]."""
-    newer = state["valid"].clamp_min(0.0)
-    return torch.where(newer.sum(1, keepdim=True) > 0, newer, state["valid"].abs())
+    """How many samples each row stands for [p, n, 1]; 0 for rows of another step than the last one with any."""
+    valid = state["valid"].abs()  # older checkpoints have negative ones
+    if "terms" not in state:
+        return valid
+    steps, newest = _ages(state)
+    return (valid.unflatten(1, (steps.shape[1], -1)) * (steps == newest).unsqueeze(2)).flatten(1, 2)
+
+
+def _ages(state: State) -> tuple[Tensor, Tensor]:
+    """Of the ranks' rows, in statistics steps [p, ranks, 1], inf where a rank has none; and of the newest [p, 1, 1]."""
+    own = state["valid"].abs().unflatten(1, (state["terms"].shape[1], -1)).sum(2)
+    steps = torch.zeros_like(own)
+    if "skipped" in state:
+        steps = state["skipped"].to(own).unflatten(1, (own.shape[1], -1))[:, :, 0]
+    steps = torch.where(own > 0, steps, torch.inf)
+    newest = steps.amin(1, keepdim=True)
+    return steps, torch.where(newest < torch.inf, newest, 0.0)
 
 
 def _thinned(rows: Tensor, n: int) -> Tensor:
@@ -159,4 +197,4 @@ def _thinned(rows: Tensor, n: int) -> Tensor:
 
 def row_scale(samples: float, terms: float) -> float:
     """What gradients of the sum of the terms are multiplied with: the mean over samples is then (1/M) the sum."""
-    return (samples / terms) ** 0.5
+    return (samples / terms) ** 0.5 if terms > 0 else 0.0
