@@ -24,11 +24,11 @@ LESS = 2.0**-64
 
 LOGGED = 5
 """Numbers of each layer that a logged step reduces, too: <U, D>, cosine, curvature share, size of update, staleness."""
-FIXED = 10
+FIXED = 11
 """Numbers that every step reduces: ranks with an update that is not finite, refreshed layers, failures, ranks where the
 model has changed; ranks with a gradient to compare, its amount and the square of that; the optimizer's rates and the
-square of that; a number for the names of the caller's numbers. What all N ranks have alike has N times the sum of
-squares for the square of its sum."""
+square of that; a number for the names of the caller's numbers; layers without curvature that need a length. What all N
+ranks have alike has N times the sum of squares for the square of its sum."""
 NAMES = 52
 """Layers whose names one number carries, a bit each: sums of so many powers of two are exact in float64."""
 GRADIENTS, RATES = 1e-3, 1e-5
@@ -107,6 +107,8 @@ class Agreement:
         self._scale = torch.ones((), dtype=dtype, device=device)
         self._vectors: dict[int, Tensor] = {}
         self._measured: set[str] = set()
+        self._plain: set[str] = set()
+        self._written: dict[str, float] = {}
         self._asked: dict[tuple[bool, tuple[str, ...]], float] = {(False, ()): 0.0}
 
     def watch(self, model: nn.Module, layers: Mapping[str, CapturedLayer]) -> None:
@@ -136,6 +138,7 @@ class Agreement:
         """Looks at the averaged gradients, which are still there."""
         self._measured.clear()
         self._uphill.zero_()
+        self._plain.clear()
         gradient = None if self.witness is None else self.witness.grad
         if self._comm.size == 1 or gradient is None or gradient.is_sparse:
             self._entries[self._witnessed].fill_(math.nan)
@@ -191,6 +194,10 @@ class Agreement:
         _amount(update, self._entry[name], exact=self._limits[name] < math.inf)
         self._measured.add(name)
 
+    def plain(self, name: str) -> None:
+        """Notes that a layer has no curvature yet, so that its update is its gradient."""
+        self._plain.add(name)
+
     def measure_size(self, name: str, update: Tensor, staleness: int) -> None:
         """Notes how large a layer's update is by its weights, and how old its curvature; on logged steps alone."""
         row = self._rows[name]
@@ -223,6 +230,7 @@ class Agreement:
         values = [float(not finite), refreshed, float(failures), float(inputs.changed)]
         seen = self.amount if math.isfinite(self.amount) else 0.0
         values += [float(math.isfinite(self.amount)), seen, seen**2, inputs.rates, inputs.rates**2, asked]
+        values.append(float(self._without_length(owned)))
         values += inputs.scalars.values()
         values += [0.0 if change is None else 1.0 + change for change in changes.values()]
         first_clip = len(values)
@@ -236,9 +244,12 @@ class Agreement:
         first_name = len(values)
         values += self._names([name in owned and name in uphill for name in self._layers])
         totals = self._sum(values)
+        self._comm.monitor.steps += self._comm.size > 1
         if totals[9] != self._comm.size * asked:
             raise Refused("ranks differ in the names of step(scalars=...) or in log: give all the same")
-        quadratic = sum(totals[first_clip:first_log])
+        factors = self._lengthen(owned) if totals[10] > 0 and totals[0] == 0 else {}
+        products_of = zip(self._layers, totals[first_clip:first_log], strict=False)
+        quadratic = sum(factors.get(name, 1.0) * product for name, product in products_of)
         scale = 1.0 if clip is None else clip.scale(quadratic)
         gradients = [p.grad for p in self._captured if p.grad is not None]
         if scale != 1.0 and gradients:
@@ -257,8 +268,46 @@ class Agreement:
             changed=totals[3] > 0,
             differing=differing,
             uphill=self._named(totals[first_name:]),
-            layers=self._reports(totals[first_log:], scale) if inputs.log else {},
+            layers=self._reports(totals[first_log:], scale, factors) if inputs.log else {},
         )
+
+    def _without_length(self, owned: Sequence[str]) -> int:
+        """Layers that take their gradient as it is, which has any length, and is not zero."""
+        if isinstance(self._control, FixedNorm):
+            return 0
+        return sum(name in self._plain and self._written[name] > 0 for name in owned)
+
+    def _lengthen(self, owned: Sequence[str]) -> dict[str, float]:
+        """Gives gradients of layers without curvature the length of the other layers' updates. Collective.
+
+        A length is counted as `FixedNorm` does, by sqrt(max(o, a)) of each block; that of the others is their root mean
+        square. Where no layer has curvature, gradients stay as they are.
+
+        Returns:
+            what such a layer's gradient was multiplied by.
+        """
+        values = [[0.0, 0.0] for _ in self._layers]
+        for value, (name, layer) in zip(values, self._layers.items(), strict=True):
+            if name in owned:
+                norm = torch.linalg.vector_norm(layer.gradient(), dtype=torch.float64)
+                value[:] = norm.item(), float(name in self._plain)
+        totals = self._sum([number for value in values for number in value])
+        sizes = {
+            name: layer.shape.blocks * max(layer.shape.outputs, layer.shape.inputs)
+            for name, layer in self._layers.items()
+        }
+        norms = dict(zip(self._layers, totals[::2], strict=True))
+        plain = {name for name, flag in zip(self._layers, totals[1::2], strict=True) if flag > 0}
+        others = [name for name in self._layers if name not in plain and norms[name] > 0]
+        if not others:
+            return {}
+        length = math.hypot(*(norms[name] for name in others)) / math.sqrt(sum(sizes[name] for name in others))
+        factors = {name: length * math.sqrt(sizes[name]) / norms[name] for name in plain if norms[name] > 0}
+        for name, number in factors.items():
+            for gradient in (p.grad for p in self._layers[name].parameters if p.grad is not None):
+                root = math.sqrt(number)  # twice, since the number itself may be too large for the gradient's dtype
+                gradient.mul_(root).mul_(root)
+        return factors
 
     def _compare(self, inputs: StepInputs) -> float:
         """A number for what is asked for beside the step; what is new must be so on all ranks: lengths depend on it."""
@@ -276,7 +325,6 @@ class Agreement:
         array[:] = values
         if self._comm.size > 1:
             self._comm.allreduce(vector, "control", "step control").wait()
-            self._comm.monitor.steps += 1
         return vector.tolist()
 
     @staticmethod
@@ -303,6 +351,7 @@ class Agreement:
         largest, self.amount = seen[: self._witnessed], seen[self._witnessed]
         uphill = {name for name, flag in zip(self._layers, seen[self._witnessed + 1 :], strict=True) if flag > 0}
         written = dict(zip(self._layers, largest, strict=False))
+        self._written = written
         others = largest[len(self._layers) :]
         finite = all(map(math.isfinite, others)) and all(written[n] < self._limits[n] for n in self._measured)
         return finite, uphill
@@ -315,11 +364,12 @@ class Agreement:
             return "gradients"
         return "optimizers" if _deviation(self._comm.size, rates, squared) > RATES else ""
 
-    def _reports(self, values: list[float], scale: float) -> dict[str, LayerReport]:
+    def _reports(self, values: list[float], scale: float, factors: Mapping[str, float]) -> dict[str, LayerReport]:
         reports = {}
         for position, name in enumerate(self._layers):
             _, cosine, share, size, staleness = values[LOGGED * position : LOGGED * (position + 1)]
-            reports[name] = LayerReport(cosine, None if math.isnan(share) else share, scale * size, int(staleness))
+            size *= scale * factors.get(name, 1.0)
+            reports[name] = LayerReport(cosine, None if math.isnan(share) else share, size, int(staleness))
         return reports
 
 

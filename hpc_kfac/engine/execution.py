@@ -376,6 +376,8 @@ class Executor:
         ready = self._is_ready(name, view)
         if ready:
             update = self._problem.method.precondition(gradient, view, shape, self._inputs.damping, self._workspace)
+        else:
+            self.agreement.plain(name)
         if self._inputs.log:
             self.agreement.describe(name, update, gradient, self._share(name, view, update, ready))
         if control is not None:

@@ -95,6 +95,27 @@ def test_a_layer_that_some_ranks_do_not_use(comm):
         assert (rounded - exact).norm() < BOUNDS[payload] * exact.norm()
 
 
+class HeadFails(hk.KFAC):
+    """The head, of 5 outputs, never gets a curvature."""
+
+    def refresh(self, state, shape, damping, part=None):
+        if shape.outputs == 5:
+            raise torch.linalg.LinAlgError
+        return super().refresh(state, shape, damping, part)
+
+
+@pytest.mark.ranks(2, 3, 4, timeout=400)
+@pytest.mark.filterwarnings("ignore:layer 'head'")
+@pytest.mark.parametrize("control", [None, hk.KLClip(1e-2), hk.FixedNorm()], ids=["none", "clip", "length"])
+def test_a_layer_without_curvature(comm, control):
+    """Its length follows from the other layers' on every rank alike."""
+    whole, _ = train(None, HeadFails(), step_control=control)
+    for owners, kind in ((False, hk.Kaisa(1.0)), (False, hk.Kaisa(0.0)), (True, hk.Kaisa(0.0, factors="owner"))):
+        spread, _ = train(comm, HeadFails(), placement=kind, step_control=control, owners_update=owners)
+        torch.testing.assert_close(spread, whole, rtol=1e-8, atol=1e-9)
+        assert all(torch.equal(spread, other) for other in comm.allgather(spread))
+
+
 @pytest.mark.ranks(1, 2, 3, 4, 6, timeout=400)
 @pytest.mark.parametrize("name", METHODS)
 def test_owners_update(comm, name):

@@ -19,6 +19,7 @@ from unit.step_oracle import (
     batch,
     finish,
     kron,
+    matrices,
     mlp,
     net,
     normal,
@@ -405,3 +406,42 @@ def test_retirement_outlives_a_restart() -> None:
     first.retire()
     second.load_state_dict(first.state_dict())
     assert second.retired and not second.capture.armed
+
+
+class HeadFails(hk.KFAC):
+    """The head, of 13 inputs with its bias, never gets a curvature."""
+
+    def refresh(self, state: methods.State, shape: hk.LayerShape, damping: float, part: str | None = None) -> Any:
+        if shape.inputs == 13:
+            raise torch.linalg.LinAlgError
+        return super().refresh(state, shape, damping, part)
+
+
+@pytest.mark.filterwarnings("ignore:layer '4'")
+@pytest.mark.parametrize("control", [None, hk.KLClip(1e-3), hk.TrustRegion(), hk.FixedNorm(), hk.Orthogonal()])
+def test_a_layer_without_curvature_takes_a_step_as_long_as_the_others(control: Any) -> None:
+    """In whatever units its gradient is; the clip counts what it becomes."""
+    for scale in (1e-12, 1.0, 1e12):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        settings = {"step_control": control, "optimizer": optimizer}
+        preconditioner = preconditioner_of(model, method=HeadFails(damping=DAMPING), **settings)
+        backward(preconditioner, model)
+        for parameter in model[4].parameters():
+            parameter.grad *= scale
+        raw = matrices(model, preconditioner)
+        report = preconditioner.step(log=True)
+        assert (report.applied, report.failures) == (True, 2)
+        found = matrices(model, preconditioner)
+        rows = {name: m.shape[0] * max(m.shape[1:]) for name, m in raw.items()}
+        others = [name for name in raw if name != "4"]
+        length = (sum(found[n].norm() ** 2 for n in others) / sum(rows[n] for n in others)) ** 0.5 * rows["4"] ** 0.5
+        if not isinstance(control, hk.Orthogonal):  # of which the head has no part: it is used at one position
+            close(found["4"], raw["4"] * length / raw["4"].norm())
+        close(found["4"].norm(), length)
+        if isinstance(control, hk.KLClip):
+            rate = 0.5 if control.needs_learning_rate else 1.0
+            products = sum((found[name] * raw[name]).sum() for name in raw) / report.kl_scale
+            assert report.kl_scale == pytest.approx(min(1.0, control.kappa / (rate**2 * float(products))) ** 0.5)
+        norms = torch.stack([p.detach().norm() for p in model[4].parameters()]).norm()
+        assert report.layers["4"].update == pytest.approx(float(length / norms))
