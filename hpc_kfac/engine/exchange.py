@@ -251,10 +251,10 @@ class Exchange:
                 state = self._states[slot.layer]
                 target = state.running if spec.role == "running" else state.solved
                 out = target.get(slot.name)
-                if out is not None and tuple(out.shape) != slot.shape:  # rows of another number of ranks
-                    out = None
+                if out is not None and (tuple(out.shape) != slot.shape or out.dtype != slot.dtype):
+                    out = None  # rows of another number of ranks, or kept in the application dtype
                 target[slot.name] = message.get(slot, out)
-                state.refreshed[spec.part] = step
+                state.refreshed[spec.part], state.fresh = step, True
 
     def _share(self, operation: Operation) -> tuple[list[Work], Finish]:
         message = Message(operation.slots, self._pool, self._device)

@@ -52,7 +52,7 @@ def declared_costs(shapes: Mapping[str, LayerShape], method: Method, precision: 
             key = shapes[name], unit[1]
             if key not in known:
                 specs = [s for s in method.state(key[0]) if s.role == "solved" and s.part == key[1]]
-                sent = sum(Slot(name, s.name, s.shape, precision.stored(s), s.symmetric).bytes for s in specs)
+                sent = sum(Slot(name, s.name, s.shape, precision.sent(s), s.symmetric).bytes for s in specs)
                 known[key] = UnitCost(method.refresh_flops(*key), sent, method.refreshed_by_all)
             costs[unit] = known[key]
     return costs

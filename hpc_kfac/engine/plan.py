@@ -249,9 +249,7 @@ class Problem:
         """What a refresh of the unit makes, and a flag that tells whether it succeeded."""
         layer, part = unit
         slots = [
-            Slot(
-                layer, spec.name, spec.full_shape(self.assignment.trainers), self.precision.stored(spec), spec.symmetric
-            )
+            Slot(layer, spec.name, spec.full_shape(self.assignment.trainers), self.precision.sent(spec), spec.symmetric)
             for spec in self.specs[layer]
             if (spec.role == "solved" and spec.part == part) or spec.rebased
         ]

@@ -19,7 +19,9 @@ class Precision:
     Args:
         factors: running averages and the statistics folded into them.
         solve: decompositions and their results.
-        apply: the matrices multiplied with the gradient on every step.
+        apply: the matrices multiplied with the gradient on every step. A layer for which this would turn the update, by
+            more than a tenth of its length, goes on with ``solve`` until the next refresh: asked of the first gradient
+            after each.
         payload: symmetric factors while they are reduced: as wide as ``factors`` if None, or bfloat16, float16, int8.
             The last two send the diagonal apart, in full, and the rest scaled to unit diagonal; int8 also damps by the
             norm of its rounding noise.
@@ -46,6 +48,10 @@ class Precision:
         if spec.role == "running":
             return self.factors
         return self.apply if spec.operand else self.solve
+
+    def sent(self, spec: StateSpec) -> torch.dtype:
+        """The dtype a state tensor is made and sent in; whoever applies it finds out whether it can be kept in less."""
+        return self.factors if spec.role == "running" else self.solve
 
     @property
     def wire(self) -> torch.dtype:

@@ -99,8 +99,8 @@ class Solver:
         for spec in self._problem.specs[layer]:
             if spec.name in result:
                 target = state.running if spec.role == "running" else state.solved
-                target[spec.name] = result[spec.name].to(self._problem.precision.stored(spec)).contiguous()
-        state.refreshed[part] = step
+                target[spec.name] = result[spec.name].to(self._problem.precision.sent(spec)).contiguous()
+        state.refreshed[part], state.fresh = step, True
         self.renewed[unit] = step
 
     def _view(self, layer: str) -> dict[str, Tensor]:
@@ -144,6 +144,15 @@ class Solver:
             f"layer {layer!r}: the refresh{f' of {part}' if part else ''} of step {step} failed{more}, and the"
             f" layer {what}: its factors are not finite{', or not positive definite' if more else ''} in the dtype of"
             " Precision(solve=...)",
+        )
+
+    def tell_wide(self, layer: str, error: float) -> None:
+        """Of a layer that is not applied in the application dtype, by its owner."""
+        apply, solve = (_name(dtype) for dtype in (self._problem.precision.apply, self._problem.precision.solve))
+        self._notices.once(
+            f"wide {layer}",
+            f"layer {layer!r}: in Precision(apply={apply}) its update would be off by {error:.0%} at this damping, so"
+            f" that it is applied in {solve}, here and as often as this happens; more damping makes {apply} possible",
         )
 
     def _tell(self, unit: Unit, about: str, text: str) -> None:

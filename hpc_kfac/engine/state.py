@@ -52,6 +52,7 @@ class LayerState:
         remembered: what an adaptive schedule compares the next factors with.
         momentum: the "average" [p, o, a] of gradients, where the step control keeps one, and how "alive" [1] it is.
         local: statistics were folded since the running averages were last reduced.
+        fresh: a solved form has come that is still in the solve dtype, whatever it is applied in.
     """
 
     running: State = field(default_factory=dict)
@@ -61,6 +62,7 @@ class LayerState:
     remembered: State = field(default_factory=dict)
     momentum: State = field(default_factory=dict)
     local: bool = False
+    fresh: bool = False
 
     @property
     def weight(self) -> float:

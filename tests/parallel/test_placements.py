@@ -116,6 +116,31 @@ def test_a_layer_without_curvature(comm, control):
         assert all(torch.equal(spread, other) for other in comm.allgather(spread))
 
 
+class Large(hk.KFAC):
+    """Layers of any size are applied in the application dtype."""
+
+    def is_large(self, shape):
+        return True
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.filterwarnings("ignore:layer")
+@pytest.mark.parametrize("damping", [1e-8, 0.1])
+def test_bfloat16_application(comm, damping):
+    """Owners send what they solve as it is; whoever applies it finds out alike whether bfloat16 will do."""
+    method, precision = Large(damping=damping, solver="eigen"), hk.Precision(apply=torch.bfloat16)
+    whole, alone = train(None, method, precision=precision)
+    kept = {name: state.solved["A_basis"].dtype for name, state in alone.states.items()}
+    assert (torch.bfloat16 if damping == 0.1 else torch.float32) in kept.values()
+    for fraction in (1.0, 0.0):
+        spread, preconditioner = train(comm, method, precision=precision, fraction=fraction)
+        torch.testing.assert_close(spread, whole, rtol=1e-2, atol=1e-2)
+        assert all(torch.equal(spread, other) for other in comm.allgather(spread))
+        for name, state in preconditioner.states.items():
+            if preconditioner.assignment.works_on(comm.rank, name):
+                assert state.solved["A_basis"].dtype == kept[name]
+
+
 @pytest.mark.ranks(1, 2, 3, 4, 6, timeout=400)
 @pytest.mark.parametrize("name", METHODS)
 def test_owners_update(comm, name):

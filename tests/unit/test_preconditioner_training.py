@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
+import warnings
 import weakref
 from typing import Any
 
@@ -103,6 +104,51 @@ def test_precisions_stay_close(precision: hk.Precision, bound: float, solver: st
     assert max(errors.values()) < bound, errors
     if bound > 1e-3:
         assert max(errors.values()) > 1e-4  # else bfloat16 was not used
+
+
+APPLIED = {
+    "kfac eigen": {"solver": "eigen"},
+    "kfac cholesky": {},
+    "kfac root": {"power": 0.5},
+    "ekfac": {},
+    "tekfac": {},
+    "kpsvd": {"terms": 2, "first": "kfac"},
+    "tnt": {},
+    "shampoo": {},
+    "soap": {},
+    "jorge": {},
+    "mkor": None,
+}
+"""Methods that apply a solved form in the application dtype, with their settings but damping; MKOR has none."""
+
+
+@pytest.mark.parametrize("name", APPLIED)
+@pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0])
+def test_bfloat16_application_keeps_the_direction(name: str, damping: float) -> None:
+    """Where it would not, the layer stays in the solve dtype, told once; also between two refreshes."""
+    settings = APPLIED[name]
+    more = {} if settings is None else {"damping": damping, "relative_damping": True, **settings}
+    updates: dict[torch.dtype, list[Tensor]] = {}
+    for apply in (torch.float32, HALF):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(200, 160), nn.ReLU(), nn.Linear(160, 10))
+        method, precision = hk.METHODS[name.split()[0]](**more), hk.Precision(apply=apply)
+        preconditioner = preconditioner_of(model, method=method, precision=precision, schedule=hk.Schedule(1, 2))
+        updates[apply] = []
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                x = torch.randn(250, 200) * torch.logspace(0, -3, 200) + 0.3
+                model.zero_grad()
+                F.cross_entropy(model(x), torch.randint(10, (250,))).backward()
+                assert preconditioner.step().failures == 0
+                updates[apply].append(preconditioner.capture.layers["0"].gradient().double())
+        about = [str(w.message) for w in told if "layer '0': in Precision(apply=bfloat16)" in str(w.message)]
+    for found, exact in zip(updates[HALF], updates[torch.float32], strict=True):
+        assert F.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.99
+    kept = {t.dtype for key, t in preconditioner.states["0"].solved.items() if t.ndim > 2 and t.shape[-1] > 1}
+    assert len(about) <= 1 and (kept == {HALF} or about)
+    assert damping < 1.0 or kept == {HALF}
 
 
 def test_autocast_in_bfloat16() -> None:
