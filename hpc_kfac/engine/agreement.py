@@ -171,7 +171,7 @@ class Agreement:
         if control is None:
             less = self._work.number("less", LESS, gradient.dtype, gradient.device)
             gradient = torch.mul(gradient, less, out=self._work.like("scaled", gradient))
-        _dot(update, gradient, self._rows[name][0])
+        _dot(update, gradient, self._rows[name][0], self._work)
 
     def describe(self, name: str, update: Tensor, gradient: Tensor, share: Tensor | float) -> None:
         """Notes cosine and curvature share, on logged steps alone, for any size of the numbers.
@@ -404,9 +404,13 @@ def _amount(tensor: Tensor, out: Tensor, exact: bool = False) -> None:
         out.copy_(torch.linalg.vector_norm(values, order))
 
 
-def _dot(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """The sum of elementwise products in `out` [1]; allocates nothing where the tensors are plain. torch.dot does."""
-    if left.dtype == right.dtype == out.dtype and left.is_contiguous() and right.is_contiguous():
-        torch.mv(left.view(1, -1), right.view(-1), out=out)
+def _dot(left: Tensor, right: Tensor, out: Tensor, work: Workspace) -> None:
+    """The sum of elementwise products in `out` [1]; allocates nothing where the tensors have one dtype.
+
+    Not by BLAS, whose sums depend on some processors on where in memory a tensor begins.
+    """
+    products = torch.mul(left, right, out=work.like("products", left))
+    if products.dtype == out.dtype:
+        torch.sum(products, (0, 1, 2), out=out.view(()))
     else:
-        out.copy_((left * right).sum())
+        out.copy_(products.sum())

@@ -79,14 +79,16 @@ def _constants(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor
 def with_length_of(update: Tensor, like: Tensor, work: Workspace) -> Tensor:
     """The update [p, m, n], in place, at the Frobenius norm of another tensor; one that is zero stays so."""
     device, dtype = update.device, update.dtype
-    squares, sizes = [], []
+    norms, sizes = [], []
     for name, tensor in (("update", update), ("like", like)):
         scratch = [work.take(f"{use} of {name}", (1, 1, 1), dtype, device) for use in ("size", "least")]
         size = size_of(tensor, out=(scratch[0], scratch[1]))
         # The other one is not changed, so that it is scaled in scratch.
         scaled = torch.div(tensor, size, out=update if tensor is update else work.like("scaled", tensor))
         flat = (scaled if scaled.is_contiguous() else scaled.mT).reshape(-1)
-        squares.append(torch.mv(flat.view(1, -1), flat, out=work.take(f"square of {name}", (1,), dtype, device)))
+        # Not by BLAS, whose sums depend on some processors on where in memory a tensor begins.
+        norm = work.take(f"norm of {name}", (1,), dtype, device)
+        norms.append(torch.linalg.vector_norm(flat, dim=0, keepdim=True, out=norm))
         sizes.append(size)
-    ratio = torch.div(squares[1], squares[0], out=squares[1]).sqrt_().nan_to_num_(1.0, 1.0)
+    ratio = torch.div(norms[1], norms[0], out=norms[1]).nan_to_num_(1.0, 1.0)
     return update.mul_(ratio).mul_(sizes[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ class Large(hk.KFAC):
 @pytest.mark.parametrize("damping", [1e-8, 0.1])
 def test_bfloat16_application(comm, damping):
     """Owners send what they solve as it is; whoever applies it finds out alike whether bfloat16 will do."""
-    method, precision = Large(damping=damping, solver="eigen"), hk.Precision(apply=torch.bfloat16)
+    method, precision = Large(damping=damping, solver="eigen"), replace(DOUBLE, apply=torch.bfloat16)
     whole, alone = train(None, method, precision=precision)
     kept = {name: state.solved["A_basis"].dtype for name, state in alone.states.items()}
     assert (torch.bfloat16 if damping == 0.1 else torch.float32) in kept.values()

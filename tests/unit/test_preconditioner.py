@@ -148,7 +148,7 @@ def test_solved_forms_are_kept_in_the_dtypes_of_their_roles() -> None:
     assert {kind: hk.Precision(factors=kind).wire for kind in kinds} == kinds
     precision = hk.Precision(factors=torch.float64, solve=torch.float32, apply=torch.bfloat16)
     model = nn.Sequential(nn.Linear(200, 300), nn.Linear(300, 2)).double()
-    preconditioner = preconditioner_of(model, method=METHODS["kfac eigen"], precision=precision)
+    preconditioner = preconditioner_of(model, method=hk.KFAC(solver="eigen", damping=10.0), precision=precision)
     model(normal(4, 200)).square().mean().backward()
     preconditioner.step()
     found = {name: {t.dtype for t in state.running.values()} for name, state in preconditioner.states.items()}

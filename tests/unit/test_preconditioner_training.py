@@ -133,7 +133,8 @@ def test_bfloat16_application_keeps_the_direction(name: str, damping: float) -> 
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(200, 160), nn.ReLU(), nn.Linear(160, 10))
         method, precision = hk.METHODS[name.split()[0]](**more), hk.Precision(apply=apply)
-        preconditioner = preconditioner_of(model, method=method, precision=precision, schedule=hk.Schedule(1, 2))
+        rest = {"precision": precision, "schedule": hk.Schedule(1, 2), "fisher": "empirical"}
+        preconditioner = preconditioner_of(model, method=method, **rest)
         updates[apply] = []
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -148,7 +149,7 @@ def test_bfloat16_application_keeps_the_direction(name: str, damping: float) -> 
         assert F.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.99
     kept = {t.dtype for key, t in preconditioner.states["0"].solved.items() if t.ndim > 2 and t.shape[-1] > 1}
     assert len(about) <= 1 and (kept == {HALF} or about)
-    assert damping < 1.0 or kept == {HALF}
+    assert damping < 1.0 or kept == {HALF} or name == "soap"  # whose updates are noise in what a gradient leaves out
 
 
 def test_autocast_in_bfloat16() -> None:
