@@ -247,7 +247,8 @@ class Agreement:
         self._comm.monitor.steps += self._comm.size > 1
         if totals[9] != self._comm.size * asked:
             raise Refused("ranks differ in the names of step(scalars=...) or in log: give all the same")
-        factors = self._lengthen(owned) if totals[10] > 0 and totals[0] == 0 else {}
+        some = 0 < totals[10] < len(self._layers)  # not where all have retired
+        factors = self._lengthen(owned) if some and totals[0] == 0 else {}
         products_of = zip(self._layers, totals[first_clip:first_log], strict=False)
         quadratic = sum(factors.get(name, 1.0) * product for name, product in products_of)
         scale = 1.0 if clip is None else clip.scale(quadratic)
