@@ -35,7 +35,7 @@ class TransposedLayer(hk.LinearLayer):
         return [weight, matrix[0, :, -1]] if self.has_bias else [weight]
 
 
-hk.register_layer(Transposed, TransposedLayer)
+hk.register(Transposed, TransposedLayer)
 
 torch.manual_seed(0)
 own = nn.Sequential(Transposed(8, 16), nn.Tanh(), nn.Linear(16, 3))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 
 from hpc_kfac.checkpoint import structure
@@ -80,7 +81,7 @@ def listing(path: Path, full: bool = False) -> str:
         state = "in order" if full else "complete"
         size, ranks = _bytes(manifest.size), str(manifest.ranks)
         rows.append((found.name, str(manifest.step), *facts, size, ranks, manifest.created, state))
-    return _table(rows)
+    return tabulate(rows, headers="firstrow", tablefmt="plain", disable_numparse=True)
 
 
 def verification(path: Path) -> tuple[str, bool]:
@@ -171,7 +172,7 @@ def description(path: Path, conditions: bool = True) -> str:
     rows: list[tuple[str, ...]] = [("layer", "owner", "age", "tensor", "shape", "size", "condition")]
     for name, layer in sorted(layers.items()):
         rows += _layer_rows(name, layer, curvature.get("steps", manifest.step))
-    lines += ["", _table(rows)]
+    lines += ["", tabulate(rows, headers="firstrow", tablefmt="plain", disable_numparse=True)]
     if waiting:
         lines.append(f"{waiting} decomposition(s) wait to come into use")
     return "\n".join(lines)
@@ -413,10 +414,3 @@ def _bytes(count: int) -> str:
         (count / 10**power, unit) for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")) if count >= 10**power
     )
     return f"{value:.3g} {unit}"
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from hpc_kfac.checkpoint.sets import list_sets, step_of
 from hpc_kfac.cluster import lease
 from hpc_kfac.cluster.errors import INTERRUPTED, InputError
@@ -85,11 +87,10 @@ def look(runs: Sequence[Path], environ: Mapping[str, str] = os.environ) -> list[
 def table(found: Sequence[Status]) -> str:
     """As text, with the last error of a run in a line below it."""
     header = ("run", "state", "step", "", "left", "loss", "restarts", "checkpoint", "job")
-    rows: list[tuple[str, ...]] = [header, *(_row(status) for status in found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    text = lines[:1]
-    for line, status in zip(lines[1:], found, strict=True):
+    rows = [header, *map(_row, found)]
+    head, *lines = tabulate(rows, headers="firstrow", tablefmt="plain", disable_numparse=True).splitlines()
+    text = [head]
+    for line, status in zip(lines, found, strict=True):
         text.append(line)
         if status.error and status.state != "complete":
             text.append(f"    last error: {status.error.splitlines()[0]}")

@@ -15,10 +15,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from tabulate import tabulate
 
 from hpc_kfac.checkpoint import BrokenCheckpoint
 from hpc_kfac.checkpoint.inspect import factors, one_set
@@ -136,14 +138,14 @@ def report(run: Path, batches: Sequence[int] | None = None, damping: float = 0.1
         f"Steps from the first loss to {TARGET:g} of it, by batch (noisy quadratic model, best learning rate):",
     ]
     shown = [batch for batch in tried if batch in tried[:: max(1, len(tried) // 8)] or batch == tried[-1]]
-    width = max(len(name) for name in preconditioners(spectrum, damping))
-    lines.append("  ".join(["p".ljust(width), *(f"{batch:>9}" for batch in shown), "  50 % efficient"]))
+    rows: list[list[Any]] = [["p", *shown, "50 % efficient"]]
     for name, p in preconditioners(spectrum, damping).items():
         needed = [steps(spectrum, batch, p) for batch in tried]
         critical = half_efficient(tried, needed)
-        row = [f"{needed[tried.index(batch)]:>9.4g}" for batch in shown]
-        words = f"  {critical}" if critical is not None else f"  above {tried[-1]}"
-        lines.append("  ".join([name.ljust(width), *row, words]))
+        figures = [f"{needed[tried.index(batch)]:.4g}" for batch in shown]
+        rows.append([name, *figures, f"above {tried[-1]}" if critical is None else str(critical)])
+    sides = ["left", *["right"] * len(shown), "left"]
+    lines.append(tabulate(rows, headers="firstrow", tablefmt="plain", disable_numparse=True, colalign=sides))
     lines.append(
         "Ranks that raise the batch beyond the last column still shorten training, by less than half their share."
     )

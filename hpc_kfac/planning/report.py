@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tabulate import tabulate
+
 from hpc_kfac.planning.candidates import Candidate, gigabytes, settings_to_paste
 from hpc_kfac.planning.forecast import Forecast
 from hpc_kfac.planning.machine import Machine
@@ -53,10 +55,7 @@ def table(found: Sequence[Candidate], limit: float, alone: dict[str, float]) -> 
         efficiency = alone[candidate.method] / forecast.seconds
         figures = [f"{1e3 * forecast.seconds:.4g}", f"{forecast.rate:.4g}", f"{efficiency:.2f}"]
         rows.append([*begin, *figures, gigabytes(forecast.peak), remark])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
-    )
+    return tabulate(rows, headers="firstrow", tablefmt="plain", disable_numparse=True)
 
 
 def details(candidate: Candidate) -> str:

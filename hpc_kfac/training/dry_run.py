@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tabulate import tabulate
+
 from hpc_kfac import Preconditioner
 from hpc_kfac.cluster.ranks import Ranks
 from hpc_kfac.training.config import Settings
@@ -21,25 +23,21 @@ def dry_run(settings: Settings, ranks: Ranks) -> str:
     )
     curvature = 0
     if isinstance(setup.preconditioner, Preconditioner):
-        lines += ["", setup.preconditioner.summary(), "", *_layers(setup.preconditioner)]
+        lines += ["", setup.preconditioner.summary(), "", _layers(setup.preconditioner)]
         curvature = sum(sum(roles.values()) for roles in setup.preconditioner.memory().values())
     lines += ["", "Memory per rank, activations and optimizer state aside (MiB):"]
-    lines.append(f"{'rank':>6} {'weights':>10} {'gradients':>10} {'curvature':>10}")
-    for rank, held in enumerate(ranks.gather(curvature)):
-        lines.append(f"{rank:>6} {parameters / MIB:>10.2f} {parameters / MIB:>10.2f} {held / MIB:>10.2f}")
+    held_by_rank = ranks.gather(curvature)
+    rows = [[rank, *(n / MIB for n in (parameters, parameters, held))] for rank, held in enumerate(held_by_rank)]
+    lines.append(tabulate(rows, ["rank", "weights", "gradients", "curvature"], tablefmt="plain", floatfmt=".2f"))
     return "\n".join(lines)
 
 
-def _layers(preconditioner: Preconditioner) -> list[str]:
-    captured = preconditioner.capture.layers
-    width = max(len("layer"), *(len(name) for name in captured))
+def _layers(preconditioner: Preconditioner) -> str:
     memory = preconditioner.memory()
-    lines = [f"{'layer':<{width}} {'kind':<12} {'blocks':>6} {'A':>6} {'G':>6} {'parameters':>11} {'MiB, rank 0':>12}"]
-    for name, layer in captured.items():
+    rows = []
+    for name, layer in preconditioner.capture.layers.items():
         shape = layer.shape
-        held = sum(memory[name].values()) / MIB
-        lines.append(
-            f"{name:<{width}} {type(layer.module).__name__:<12} {shape.blocks:>6} {shape.inputs:>6} {shape.outputs:>6}"
-            f" {shape.parameters:>11} {held:>12.3f}"
-        )
-    return lines
+        sizes = shape.blocks, shape.inputs, shape.outputs, shape.parameters, sum(memory[name].values()) / MIB
+        rows.append([name, type(layer.module).__name__, *sizes])
+    head = ["layer", "kind", "blocks", "A", "G", "parameters", "MiB, rank 0"]
+    return tabulate(rows, head, tablefmt="plain", floatfmt=".3f")
