@@ -31,7 +31,7 @@ from hpc_kfac.engine.placing import make_problem, refresh_flops, resident_bytes
 from hpc_kfac.engine.plan import Problem
 from hpc_kfac.engine.precision import Precision
 from hpc_kfac.engine.reduction_ratio import ReductionRatio, check_steers
-from hpc_kfac.engine.settling import OPEN, contradiction, settle
+from hpc_kfac.engine.settling import OPEN, contradiction, settle, void_graft
 from hpc_kfac.engine.state import LayerState, StepInputs
 from hpc_kfac.engine.statistics import Collector
 from hpc_kfac.engine.step_report import StepReport
@@ -230,6 +230,8 @@ class Preconditioner:
             )
         if told:
             self.notices.once("fisher", told)
+        if void := void_graft(self.method, step_control):
+            self.notices.once("graft", void)
         self._watchdog = None
         if stall_seconds is not None and isinstance(self._comm, MPICommunicator) and self._comm.size > 1:
             self._watchdog = Watchdog(self._comm.mpi, self._comm.monitor, stall_seconds)
@@ -596,6 +598,7 @@ class Preconditioner:
         """This rank's curvature state; tensors are references, as in torch."""
         return {
             **self._counters(),
+            "method": shares.method_of(self._problem),
             "layers": shares.save(self.states),
             "pending": self._executor.solver.pending(),
         }
@@ -604,10 +607,10 @@ class Preconditioner:
         """Restores `state_dict`.
 
         Raises:
-            ValueError: the layers, their tensors or a tensor's shape are not this model's and method's. Nothing is
-                changed then.
+            ValueError: the method, the layers, their tensors or a tensor's shape are others. Nothing is changed then.
         """
         self._settle()
+        shares.check_method(state, self._problem)
         states = shares.restore(state["layers"], self._problem, self._device)
         self._load(state, states, shares.own_pending(state["pending"], self._device))
 

@@ -90,3 +90,14 @@ def contradiction(method: Method, fisher: FisherSource | None) -> str:
             f" not vanish as that of labels drawn from the model does; leave fisher out for {method.wants.fisher!r}"
         )
     return ""
+
+
+def void_graft(method: Method, step_control: StepControl) -> str:
+    """What to tell of a graft that was chosen under a rule that sets lengths itself; nothing if it has an effect."""
+    graft = getattr(method, "graft", "none")
+    if not isinstance(step_control, FixedNorm) or graft in ("none", getattr(type(method), "graft", "none")):
+        return ""
+    return (
+        f"graft={graft!r} has no effect under {type(step_control).__name__}, which gives every update one length; leave"
+        " graft out, or give step_control=None, KLClip or TrustRegion"
+    )

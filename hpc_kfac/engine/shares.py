@@ -86,7 +86,7 @@ def common(states: Mapping[str, LayerState], problem: Problem, trainers: Communi
         trainers.allreduce(sums, "checkpoint", "weights of running averages").wait()
     terms = sums[:, 0, 1]  # of the first reduction that the method has
     return {
-        "method": type(problem.method).__name__,
+        "method": method_of(problem),
         "ranks": assignment.ranks,
         "helpers": assignment.helpers,
         "factors": assignment.factors,
@@ -163,9 +163,7 @@ class Shares:
         Raises:
             ValueError: it was another method.
         """
-        method = type(problem.method).__name__
-        if saved["method"] != method:
-            raise ValueError(f"the method was {saved['method']} when this was saved, and now is {method}; use that")
+        check_method(saved, problem)
         saved = {"sums": None, **saved}
         names = [entry.name for entry in fields(Shares) if entry.name != "of"]
         return Shares(**{name: saved[name] for name in names}, of=of)
@@ -323,6 +321,22 @@ def take_pending(shares: Shares, problem: Problem, rank: int, device: torch.devi
 
 
 # Checks
+
+
+def method_of(problem: Problem) -> str:
+    """The method's name in what is saved."""
+    return type(problem.method).__name__
+
+
+def check_method(saved: Mapping[str, Any], problem: Problem) -> None:
+    """Other methods may keep tensors of the same names and shapes, as K-FAC and TKFAC do, that mean something else.
+
+    Raises:
+        ValueError: it was another method; states of version 0.1 do not tell.
+    """
+    now = method_of(problem)
+    if saved.get("method", now) != now:
+        raise ValueError(f"the method was {saved['method']} when this was saved, and now is {now}; use that")
 
 
 def _own(tensors: Mapping[str, Tensor], device: torch.device) -> State:

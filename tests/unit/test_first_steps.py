@@ -158,6 +158,18 @@ def test_defaults_change_the_direction_alike_for_any_size_of_the_loss(name: str)
         assert found == pytest.approx(cosines[0], abs=0.02)
 
 
+def test_eva_s_in_float64_takes_no_rounding_of_its_float32_means_for_a_direction() -> None:
+    """The last layer's mean over outputs is zero, and in the running mean's dtype as small as its rounding."""
+    model, x, y = mlp(5, 4, 3), *batch(0)
+    preconditioner = hk.Preconditioner(model, method=hk.METHODS["eva_s"](), step_control=None)
+    F.cross_entropy(model(x), y).backward()
+    gradient = matrices(model, preconditioner)["2"][0]
+    preconditioner.step()
+    v, update = gradient.mean(1), matrices(model, preconditioner)["2"][0]
+    wanted = power(torch.outer(v, v) + 0.01 * v @ v * torch.eye(3, dtype=v.dtype), -0.25) @ gradient
+    torch.testing.assert_close(update / update.norm(), wanted / wanted.norm(), rtol=1e-4, atol=1e-4)
+
+
 # ---- SOAP
 
 

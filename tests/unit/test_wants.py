@@ -206,6 +206,24 @@ def test_a_fisher_that_is_not_the_methods_is_told_once(name: str, fisher: Any, s
     assert len(found) == bool(said) and all(said in text for text in found)
 
 
+@pytest.mark.parametrize(
+    ("method", "control", "said"),
+    [
+        (hk.METHODS["shampoo"](graft="rmsprop"), "method", "'rmsprop' has no effect under FixedNorm"),
+        (hk.METHODS["jorge"](graft="adagrad"), hk.Orthogonal(), "'adagrad' has no effect under Orthogonal"),
+        (hk.METHODS["shampoo"](graft="rmsprop"), hk.KLClip(), ""),
+        (hk.METHODS["shampoo"](graft="rmsprop"), None, ""),
+        (hk.METHODS["jorge"](), "method", ""),
+    ],
+)
+def test_a_graft_under_a_length_rule_is_told_once(method: hk.Method, control: Any, said: str) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        preconditioner_of(method, step_control=control)
+    found = [str(warning.message) for warning in told if "graft" in str(warning.message)]
+    assert len(found) == bool(said) and all(said in text for text in found)
+
+
 VERSION_0_1 = """
 fisher: empirical
 method: {name: kfac, damping: null, decay: 0.95}

@@ -203,7 +203,8 @@ class EvaS(Eva):
         exponent = work.number("exponent", -self.power, gradient.dtype, gradient.device)
         for v, matrix, name in zip(vectors, (update, update.mT), "ag", strict=True):
             unit, length = _unit(v, name, work)
-            shift = self._root(damping, length, gradient, matrix.shape[1], work)
+            least = ROUNDING * torch.finfo(state[f"{name}_mean"].dtype).eps / matrix.shape[1] ** 0.5
+            shift = self._root(damping, length, gradient, least, work)
             # Along v the power is (shift^2 + |v|^2)^-p in place of shift^-2p.
             share = length.div_(shift).square_().log1p_().mul_(exponent).expm1_()
             along = work.take(f"along {name}", (shape.blocks, matrix.shape[1], 1), v.dtype, v.device)
@@ -211,15 +212,14 @@ class EvaS(Eva):
             update.mul_(torch.pow(shift.square_(), exponent, out=shift))
         return update
 
-    def _root(self, damping: float, length: Tensor, gradient: Tensor, rows: int, work: Workspace) -> Tensor:
-        """The root of a factor's damping [p, 1, 1], in scratch; 1 where all is zero."""
+    def _root(self, damping: float, length: Tensor, gradient: Tensor, least: float, work: Workspace) -> Tensor:
+        """The root of a factor's damping [p, 1, 1], at least this share of the gradient; 1 where all is zero."""
         root = work.number("root", damping**0.5, length.dtype, length.device)
         shift = work.like("shift", length)
         if not self.relative_damping:
             return shift.copy_(root.expand_as(shift))
-        error = ROUNDING * torch.finfo(length.dtype).eps / rows**0.5
         torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True, out=shift)
-        shift.mul_(work.number(f"error of {rows}", error, length.dtype, length.device))
+        shift.mul_(work.number(f"error {least}", least, length.dtype, length.device))
         torch.maximum(shift, torch.mul(length, root, out=work.like("other", length)), out=shift)
         return shift.add_(torch.logical_not(shift, out=work.like("other", length)))
 
