@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,35 @@ def write_csv(run: Path, path: Path) -> None:
     aside.replace(path)
 
 
+class Board:
+    """Writes rows of metrics as TensorBoard scalars: one for each number, named as in CSV files.
+
+    Args:
+        folder: gets an event file.
+
+    Raises:
+        InputError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError(f"tensorboard needs its package: {error}; pip install 'hpc-kfac[tensorboard]'") from error
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def write(self, row: Mapping[str, Any], time: float | None = None) -> None:
+        """Writes a row, as reached at a time in seconds since 1970; None for now."""
+        prefix = "evaluation/" if row["kind"] == "evaluation" else ""
+        for name, value in numbers_of(row):
+            if name not in ("step", "steps", "epoch") and value == value:
+                self._writer.add_scalar(prefix + name, value, row["step"], walltime=time)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+
 def write_tensorboard(history: History, folder: Path) -> None:
     """Writes a run's columns as TensorBoard scalars, at the time at which they were reached in training.
 
@@ -44,20 +74,12 @@ def write_tensorboard(history: History, folder: Path) -> None:
     Raises:
         InputError: tensorboard is not installed.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(f"--tensorboard needs the package: {error}; pip install 'hpc-kfac[tensorboard]'") from error
     shutil.rmtree(folder, ignore_errors=True)
-    began = _began(history.facts)
-    board: Any = SummaryWriter(str(folder))
-    for prefix, columns in (("", history.train), ("evaluation/", history.evaluation)):
-        for name, column in columns.items():
-            if name in ("step", "steps", "epoch"):
-                continue
-            for step, second, value in zip(columns["step"], columns["seconds"], column, strict=True):
-                if value == value:
-                    board.add_scalar(prefix + name, value, int(step), walltime=began + second)
+    board, began = Board(folder), _began(history.facts)
+    for kind, columns in (("train", history.train), ("evaluation", history.evaluation)):
+        for number, step in enumerate(columns["step"]):
+            row = {name: float(column[number]) for name, column in columns.items()}
+            board.write({"kind": kind, **row, "step": int(step)}, began + row["seconds"])
     board.close()
 
 

@@ -20,6 +20,7 @@ from hpc_kfac.cluster import environment, scheduler
 from hpc_kfac.cluster.errors import EXPECTED, exit_status
 from hpc_kfac.cluster.files import replace_file
 from hpc_kfac.cluster.ranks import Ranks
+from hpc_kfac.reporting.export import Board
 from hpc_kfac.training.config import Settings
 
 DONE = "done.json"
@@ -47,11 +48,7 @@ class RunFolder:
             self._metrics = os.open(
                 path / "metrics.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
             )
-        self._board: Any = None
-        if writes and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(path / "tensorboard"))
+        self._board = Board(path / "tensorboard") if writes and tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row to metrics.jsonl; on a full disk, later. A number that JSON has no word for becomes null."""
@@ -59,9 +56,7 @@ class RunFolder:
             self._waiting += (json.dumps(_finite(row)) + "\n").encode()
             self._append()
         if self._board is not None:
-            for name, value in row.items():
-                if isinstance(value, float | int) and name not in ("step", "epoch"):
-                    self._board.add_scalar(name, value, row["step"])
+            self._board.write(row)
 
     def metrics(self) -> str:
         """All rows so far; none on other ranks than 0."""

@@ -58,7 +58,13 @@ def test_run_folder_and_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     facts = json.loads((folder / "run.json").read_text())
     assert facts["ranks"] == 1 and facts["versions"]["torch"] == torch.__version__ and facts["hosts"]
     assert parse([str(folder / "settings.yaml")]).run.max_steps == 4
-    assert list((folder / "tensorboard").iterdir())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("phases/forward/max")] == [2, 4]
+    (event,) = board.Scalars("evaluation/test_accuracy")
+    assert event.value == pytest.approx(result.figures["test_accuracy"])
     written = rows(tmp_path)
     assert [(row["kind"], row["step"]) for row in written] == [("train", 2), ("train", 4), ("evaluation", 4)]
     first = written[0]
