@@ -144,8 +144,9 @@ class _Layer:
 def description(path: Path, conditions: bool = True) -> str:
     """What a set holds: facts, method, and a table of the layers' curvature.
 
-    The condition numbers of symmetric factors are those of `hpc_kfac.linalg.spectrum.figures`. Factors that ranks have
-    folded but not averaged yet are averaged first. The age of a layer is in steps since its solved form was begun.
+    The condition numbers of symmetric factors are those of `hpc_kfac.linalg.spectrum`, which leaves large ones out.
+    Factors that ranks have folded but not averaged yet are averaged first. The age of a layer is in steps since its
+    solved form was begun.
 
     Args:
         path: of a set, or of a folder of which the newest is taken.
