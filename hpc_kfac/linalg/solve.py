@@ -68,7 +68,7 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
     return work
 
 
-def woodbury_inverse(kernel: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def woodbury_inverse(kernel: Tensor, damping: Tensor | float) -> tuple[Tensor, Tensor]:
     """(K + damping I)^-1 and the damping [p], raised where it is too small for Woodbury's identity in this precision.
 
     In (I - V^T (K + damping I)^-1 V) / damping two nearly equal terms are subtracted: what remains in the direction of
@@ -77,7 +77,7 @@ def woodbury_inverse(kernel: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
     Args:
         kernel: K, positive semi-definite [p, n, n].
-        damping: wanted.
+        damping: wanted, a number or [p].
 
     Raises:
         torch.linalg.LinAlgError: as `damped_inverse`.

@@ -102,9 +102,8 @@ DAMPED: list[Method] = [
     TNT(damping=DAMPING, relative_damping=True),
     KPSVD(damping=DAMPING, relative_damping=True),
     *(kind(damping=DAMPING, relative_damping=relative) for kind in (Eva, EvaF) for relative in (False, True)),
-    SampleMatrix(damping=DAMPING),
-    SENG(damping=DAMPING, rows=16),
-    *(HyLo(damping=DAMPING, rows=4, select=select) for select in ("kid", "kis")),
+    *(kind(damping=DAMPING, rows=16, relative_damping=r) for kind in (SampleMatrix, SENG) for r in (False, True)),
+    *(HyLo(damping=DAMPING, rows=4, select=s, relative_damping=r) for s in ("kid", "kis") for r in (False, True)),
 ]
 
 

@@ -80,8 +80,8 @@ METHODS = {
     "ekfac-other-sided": EKFAC(relative_damping=False, input_structure="identity"),
     "ekfac-diagonal": EKFAC(relative_damping=False, input_structure="identity", output_structure="identity"),
     "ekfac-spatial": EKFAC(relative_damping=False, spatially_uncorrelated=True),
-    "eva": Eva(),
-    "sample-matrix": SampleMatrix(rows=16),
+    "eva": Eva(relative_damping=False),
+    "sample-matrix": SampleMatrix(rows=16, relative_damping=False),
 }
 EACH = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -265,7 +265,7 @@ def test_ekfac_relative_damping_is_a_share_of_the_mean() -> None:
 
 def test_sample_matrix_gathers_ranks_with_different_numbers_of_rows() -> None:
     """Three ranks with 5, 2 and no samples equal one process with the 7 samples."""
-    method, shape = SampleMatrix(rows=5), SHAPE
+    method, shape = SampleMatrix(rows=5, relative_damping=False), SHAPE
     whole = correlated_batch(2, 7, 2, 4, 5)
     parts = [FakeBatch(whole.x[:, i:j], whole.g[:, i:j]) for i, j in ((0, 5), (5, 7))]
     fresh = [method.statistics(part, {}, shape) for part in parts]
@@ -315,7 +315,7 @@ def test_sample_matrix_uses_the_rows_of_its_refresh() -> None:
 
 
 def test_sample_matrix_takes_a_part_of_a_large_batch() -> None:
-    method = SampleMatrix(rows=4)
+    method = SampleMatrix(rows=4, relative_damping=False)
     batch, state = settled(method, SHAPE)
     chosen = FakeBatch(batch.x[:, [0, 2, 5, 8]], batch.g[:, [0, 2, 5, 8]])
     expected = damped_solve(curvature(method, state, chosen, SHAPE), batch.gradient())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hpc_kfac.linalg.solve import damped_inverse, positive_eigh, require_finite, spectral, woodbury_inverse
 from hpc_kfac.linalg.workspace import Workspace
+from hpc_kfac.methods.kronecker.kronecker import mean_or_one
 from hpc_kfac.methods.method import State, StateSpec, Terms
 from hpc_kfac.methods.rows.sample_matrix import SampleMatrix, row_kernel, row_products
 from hpc_kfac.methods.rows.sample_rows import output_weights, rank_terms, row_scale
@@ -41,8 +42,8 @@ class HyLo(SampleMatrix):
       `switch_above`, relative to it, which is where training is decided; kis else. (The paper decides by epoch.)
 
     Args:
-        damping: added to the curvature, or a `Damping`; the value of the last refresh counts, within P^T (E + damping
-            I)^-1 P the value when rows were taken.
+        damping: added to the curvature, or a `Damping`; None for 0.03, by default of its trace. The value of the last
+            refresh counts, within P^T (E + damping I)^-1 P the value when rows were taken, there of a rank's own trace.
         decay: has no effect, rows are replaced and not averaged.
         rows: that each rank keeps.
         positions: as in `SampleMatrix`.
@@ -88,7 +89,7 @@ class HyLo(SampleMatrix):
         inputs, samples = merged["X"], float(merged["samples"])
         count = max(inputs.shape[1], 1)
         outputs = merged["R"] * (row_scale(samples, terms.all) / count**0.5)
-        damping = as_damping(self.damping).current * terms.ranks
+        damping = self._own_damping(inputs, outputs, terms.ranks)
         length = torch.linalg.matrix_norm(outputs.mT @ inputs, keepdim=True) * (samples / count) ** 0.5
         if self._interpolates(length, state):
             index, coupling = _interpolation(row_kernel(inputs, outputs), self.rows, damping)
@@ -96,13 +97,21 @@ class HyLo(SampleMatrix):
         else:
             index, weight = _importance(inputs, outputs, self.rows)
             eye = torch.eye(index.shape[1], dtype=inputs.dtype, device=inputs.device)
-            coupling = (eye / damping).expand(shape.blocks, -1, -1)
+            coupling = eye / damping[:, None, None]
+        if self.relative_damping:  # of ranks that have dampings of their own
+            coupling = coupling * (damping[:, None, None] / terms.ranks)
         rest = self.rows - index.shape[1]
         kept = {
             "X": inputs.gather(1, index.unsqueeze(2).expand(-1, -1, inputs.shape[2])),
             "R": outputs.gather(1, index.unsqueeze(2).expand(-1, -1, outputs.shape[2])) * weight.unsqueeze(2),
         }
         return {**self.padded(kept, samples, terms), "coupling": F.pad(coupling, (0, rest, 0, rest)), "length": length}
+
+    def _own_damping(self, inputs: Tensor, outputs: Tensor, ranks: int) -> Tensor:
+        """What is added to this rank's own kernel [p]."""
+        trace = (inputs.square().sum(2) * outputs.square().sum(2)).sum(1)
+        unit = mean_or_one(trace) if self.relative_damping else torch.ones_like(trace)
+        return unit * (as_damping(self.damping).current * ranks)
 
     def _interpolates(self, length: Tensor, state: State) -> bool:
         if self.select != "switch":
@@ -113,30 +122,39 @@ class HyLo(SampleMatrix):
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         for name in ("X", "R", "coupling"):
             require_finite(state[name], name)
-        # (C^-1 + K)^-1 of the coupling C, the paper's C - C (K^-1 + C)^-1 C, without an inverse of either.
-        values, basis = positive_eigh(self._coupling(state))
-        root = spectral(values.sqrt(), basis)
         outputs = self._by_terms(state)
-        whitened, raised = woodbury_inverse(root @ row_kernel(state["X"], outputs) @ root, 1.0)
+        kernel = row_kernel(state["X"], outputs)
+        coupling, added = self._damped(self._coupling(state), kernel, damping)
+        # (C^-1 + K)^-1 of the coupling C, the paper's C - C (K^-1 + C)^-1 C, without an inverse of either.
+        values, basis = positive_eigh(coupling)
+        root = spectral(values.sqrt(), basis)
+        whitened, raised = woodbury_inverse(root @ kernel @ root, 1.0)
         inverse = root @ whitened @ root
         return {
             "X_solved": state["X"].clone(),
             "R_solved": outputs,
             "kernel_inverse": (inverse + inverse.mT).mul_(0.5),
-            "kernel_damping": raised * damping,
+            "kernel_damping": raised * added,
         }
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         """With damping V^T C V of the rows V and the coupling C, whose damped inverse makes the update."""
         outputs = self._by_terms(state)
         products = row_products(delta.to(outputs.dtype), state["X"], outputs, Workspace())
-        coupled = self._coupling(state).to(products.dtype) @ products
-        return (state["kernel_damping"].to(products.dtype) * (products * coupled).sum((1, 2))).sum()
+        curved = (products * (self._coupling(state).to(products.dtype) @ products)).sum((1, 2))
+        return (curved if self.relative_damping else state["kernel_damping"].to(products.dtype) * curved).sum()
 
     def _coupling(self, state: State) -> Tensor:
-        """C [p, n, n] of the rows of all ranks: a block for each rank's own."""
+        """C [p, n, n] of the rows of all ranks, or under a relative damping C times it: a block for each rank's own."""
         blocks = state["coupling"].split(self.rows, dim=1)
         return torch.stack([torch.block_diag(*(b[i] for b in blocks)) for i in range(len(state["coupling"]))])
+
+    def _damped(self, coupling: Tensor, kernel: Tensor, damping: float) -> tuple[Tensor, Tensor | float]:
+        """C, and the damping [p]: a share of the trace of V^T C V times it, or a number."""
+        if not self.relative_damping:
+            return coupling, damping
+        added = damping * mean_or_one((coupling * kernel).sum((1, 2)))
+        return coupling / added[:, None, None], added
 
     def _by_terms(self, state: State) -> Tensor:
         """R where each rank's F counts by its loss terms: the sum over rows is F times the number of ranks."""
@@ -146,7 +164,7 @@ class HyLo(SampleMatrix):
         return state["R"] * torch.where(output_weights(state) > 0, share, torch.zeros_like(share)).sqrt()
 
 
-def _interpolation(kernel: Tensor, rows: int, damping: float) -> tuple[Tensor, Tensor]:
+def _interpolation(kernel: Tensor, rows: int, damping: Tensor) -> tuple[Tensor, Tensor]:
     """Pivots [p, k] of K and P^T (E + damping I)^-1 P for K = P K_SS P^T + E."""
     count = min(rows, kernel.shape[1])
     rest = kernel.diagonal(dim1=1, dim2=2).clone()

@@ -32,6 +32,7 @@ class SampleMatrix(SampleRows):
     """
 
     name: ClassVar[str] = "sample_matrix"
+    share: ClassVar[float] = 0.03
     wants = Wants(
         statistics=dict(REFRESH),
         why="rows between refreshes are of no use; each step's own, as in Ren & Goldfarb 2019, fit its noise",
@@ -43,7 +44,8 @@ class SampleMatrix(SampleRows):
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         inputs = state["X"].clone()
         outputs = state["R"] * output_weights(state).sqrt()
-        inverse, raised = woodbury_inverse(row_kernel(inputs, outputs), damping)
+        kernel = row_kernel(inputs, outputs)
+        inverse, raised = woodbury_inverse(kernel, self.added(damping, kernel))
         return {
             "X_solved": inputs,
             "R_solved": outputs,

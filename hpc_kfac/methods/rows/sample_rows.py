@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hpc_kfac.methods.kronecker.kronecker import mean_or_one
 from hpc_kfac.methods.method import Method, State, StateSpec, Terms
 from hpc_kfac.options.damping import Damping
 
@@ -30,22 +31,26 @@ class SampleRows(Method):
     rank used the layer count, and each rank by its loss terms of that step.
 
     Args:
-        damping: added to the curvature, or a `Damping`; the value of the last refresh counts.
+        damping: added to the curvature, or a `Damping`; None for 0.1, by default of its trace. The value of the last
+            refresh counts.
         decay: has no effect, rows are replaced and not averaged.
         rows: that each rank contributes; a batch with fewer leaves the rest empty.
         positions: "sum" makes one row of a sample: x averaged and g summed over its positions; "subsample" takes
             positions apart, evenly spread.
+        relative_damping: damping is a share of the curvature's trace. None: only if damping is None.
 
     Raises:
         ValueError: a setting out of range.
     """
 
-    damping: float | Damping | None = 0.03
+    damping: float | Damping | None = None
     decay: float = 0.0
     rows: int = 64
     positions: Literal["sum", "subsample"] = "sum"
+    relative_damping: bool | None = None
 
     def __post_init__(self) -> None:
+        self._default_damping()
         self._check()
         if self.rows < 1:
             raise ValueError(f"rows is {self.rows}; give at least 1 row a rank")
@@ -74,6 +79,10 @@ class SampleRows(Method):
             )
             for name, size in sizes.items()
         )
+
+    def added(self, damping: float, kernel: Tensor) -> Tensor | float:
+        """The damping in the units of a kernel K = V V^T, whose trace is that of V^T V; a relative one is [p]."""
+        return damping * mean_or_one(batch_trace(kernel)) if self.relative_damping else damping
 
     def kernel_specs(self, shape: LayerShape, sizes: Mapping[str, int]) -> tuple[StateSpec, ...]:
         """Rows of these sizes as they were at a refresh, and what is solved through their kernel."""
@@ -136,6 +145,11 @@ class SampleRows(Method):
     def fold(self, state: State, fresh: State, decay: float) -> None:
         """Replaces the rows."""
         state.update(fresh)
+
+
+def batch_trace(matrix: Tensor) -> Tensor:
+    """Trace of each of [p, n, n]."""
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def input_weights(state: State) -> Tensor:

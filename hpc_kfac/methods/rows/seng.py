@@ -14,7 +14,6 @@ from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, State, StateSpec
 from hpc_kfac.methods.rows.sample_matrix import row_kernel
 from hpc_kfac.methods.rows.sample_rows import SampleRows, output_weights, row_scale
-from hpc_kfac.options.damping import Damping
 from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
@@ -36,7 +35,8 @@ class SENG(SampleRows):
     and D - C, that is, minimises <U, (V^T V + damping I) U> / 2 - <U, D> there. So <U, D> is above 0 always.
 
     Args:
-        damping: added to the curvature, or a `Damping`; the value of the last refresh counts.
+        damping: added to the curvature, or a `Damping`; None for 0.1, by default of its trace. The value of the last
+            refresh counts.
         explicit_below: weights of the largest layer whose samples' gradients are kept.
         columns: entries in the sketch of a sample's gradient; None for all.
         thin: large layers take one product of rank one for the correction.
@@ -48,7 +48,6 @@ class SENG(SampleRows):
         refresh={0: 10, 100: 200},
         why="a refresh every 200 steps (Yang et al. 2022); rows in between are of no use",
     )
-    damping: float | Damping | None = 0.3
     rows: int = 32
     explicit_below: int = 700_000
     columns: int | None = 512**2
@@ -89,7 +88,7 @@ class SENG(SampleRows):
             kernel = multiply(sketch, sketch.mT) * (solved["U_solved"].shape[2] / sketch.shape[2])
         else:
             kernel = row_kernel(solved["X_solved"], solved["R_solved"])
-        inverse, raised = woodbury_inverse(kernel, damping)
+        inverse, raised = woodbury_inverse(kernel, self.added(damping, kernel))
         return {**solved, "kernel_inverse": inverse, "kernel_damping": raised}
 
     def _sketch(self, rows: Tensor) -> Tensor:

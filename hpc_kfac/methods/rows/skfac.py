@@ -13,7 +13,6 @@ from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.kronecker.kronecker import mean_or_one
 from hpc_kfac.methods.method import Cost, State, StateSpec
 from hpc_kfac.methods.rows.sample_rows import SampleRows, input_weights, output_weights
-from hpc_kfac.options.damping import Damping
 from hpc_kfac.options.schedule import REFRESH
 from hpc_kfac.options.wants import Wants
 
@@ -38,12 +37,6 @@ class SKFAC(SampleRows):
 
     name: ClassVar[str] = "skfac"
     wants = Wants(statistics=dict(REFRESH), why="rows are replaced, so those between two refreshes are of no use")
-    damping: float | Damping | None = None
-    relative_damping: bool | None = None
-
-    def __post_init__(self) -> None:
-        self._default_damping()
-        super().__post_init__()
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
         p, n = shape.blocks, self.rows
