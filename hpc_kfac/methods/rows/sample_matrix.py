@@ -29,6 +29,10 @@ class SampleMatrix(SampleRows):
     the loss is a mean over positions.
 
     The settings are those of `SampleRows`.
+
+    Args:
+        damping: added to the curvature, or a `Damping`; None for 0.03, by default of its trace. The value of the last
+            refresh counts.
     """
 
     name: ClassVar[str] = "sample_matrix"
