@@ -16,6 +16,8 @@ from hpc_kfac.linalg.structure import Dense, Structure
 
 # Elements of the largest temporary (patches, per-sample gradients): 16 MiB in float32.
 CHUNK = 1 << 22
+ROUNDING = 64.0
+"""Rounding errors that a sum over a batch may be off by."""
 
 
 @dataclass
@@ -115,7 +117,8 @@ class PositionBatch(ABC):
 
     def means(self) -> tuple[Tensor, Tensor]:
         refuse_draws(self.draws)
-        g = reduce(torch.add, [self.output_sum(part) for part in self._parts()]) * (self.scale / self.count)
+        g = reduce(torch.add, [self.output_sum(part) for part in self._parts()])
+        g = self._cleared(g) * (self.scale / self.count)
         if self.reduce:
             rows = torch.cat([self._sample_inputs(group, slice(None)) for group in self.groups], dim=1)
             return rows.sum(1) / max(self.input_rows, 1.0), g
@@ -133,6 +136,21 @@ class PositionBatch(ABC):
     def output_sum(self, part: Part) -> Tensor:
         """Sum of the unscaled gradient rows over draws, samples and positions [p, o]."""
         return self.gradients(part, slice(None)).sum((1, 2, 3))
+
+    def _cleared(self, sums: Tensor) -> Tensor:
+        """A block's sum of gradient rows [p, o], zeros where it is but rounding.
+
+        The gradients of what a batch norm follows sum to zero, and what rounding leaves of that is no direction.
+        """
+        parts = list(self._parts())
+        norms = [torch.linalg.vector_norm(self.gradients(part, slice(None)), dim=(1, 2, 3, 4)) for part in parts]
+        norm = torch.stack(norms).square().sum(0).sqrt()
+        rows = max(sum(part.all_kept() for part in parts), 1)
+        # Sums of rounding errors: those of the sum and of the norm's own means, and of rows that were rounded apart.
+        own = max(torch.finfo(part.g.dtype).eps for part in parts)
+        least = max(ROUNDING * torch.finfo(sums.dtype).eps * rows**0.5, 2.0 * own) * norm
+        length = torch.linalg.vector_norm(sums, dim=1)
+        return torch.where((length > least) | ~torch.isfinite(norm), 1.0, 0.0).to(sums.dtype).unsqueeze(1) * sums
 
     def paired_moments(
         self,

@@ -169,6 +169,24 @@ def test_eva_s_in_float64_takes_no_rounding_of_its_float32_means_for_a_direction
     torch.testing.assert_close(update / update.norm(), wanted / wanted.norm(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["eva", "mkor"])
+def test_gradients_before_a_batch_norm_have_no_mean(name: str, autocast: bool) -> None:
+    """They sum to zero over the batch; what rounding leaves of that is no direction, and others' means stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3))
+    preconditioner = hk.Preconditioner(model, method=hk.METHODS[name](), step_control=None)
+    x = torch.randn(32, 2, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = F.cross_entropy(model(x), torch.arange(32) % 3)
+    loss.backward()
+    gradient = matrices(model, preconditioner)["0"]
+    preconditioner.step()
+    assert preconditioner.factors("0")["g_mean"].norm() == 0 < preconditioner.factors("4")["g_mean"].norm()
+    if name == "eva":  # without curvature its damping is a share of 1
+        torch.testing.assert_close(matrices(model, preconditioner)["0"], gradient / hk.METHODS[name].share)
+
+
 # ---- SOAP
 
 
