@@ -68,7 +68,11 @@ class Solver:
         """Takes the result of `launch` into use."""
         if unit in self._pending:
             step, future = self._pending.pop(unit)
-            self._install(unit, step, future.result())
+            result = future.result()
+            if result is not None:
+                layer = unit[0]
+                result = self._problem.method.landed(result, self._view(layer), self._problem.shapes[layer])
+            self._install(unit, step, result)
 
     def pending(self) -> dict[Unit, tuple[int, State | None]]:
         """Results that are not in use yet; waits for them."""

@@ -293,6 +293,16 @@ class Method(ABC):
             torch.linalg.LinAlgError: a factor is not finite or cannot be decomposed.
         """
 
+    def landed(self, result: State, state: State, shape: LayerShape) -> State:
+        """What a refresh of older statistics comes to now; re-based are the running tensors as they have become.
+
+        Args:
+            result: of `refresh`, which began some steps ago.
+            state: as it is now; not changed.
+            shape: of the layer.
+        """
+        return result
+
     @abstractmethod
     def precondition(
         self, gradient: Tensor, state: State, shape: LayerShape, damping: float, work: Workspace | None = None

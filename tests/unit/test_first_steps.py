@@ -253,6 +253,28 @@ def test_soaps_first_updates_even_out_singular_values(statistics: int) -> None:
             assert update.norm() <= (step + 1) ** 0.5 * gradient.numel() ** 0.5
 
 
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("name", ["ekfac", "tekfac", "soap"])
+def test_s_takes_in_what_comes_while_a_basis_is_decomposed(name: str, lag: int) -> None:
+    """The sum of s is that of the squares it is a mean of, whatever the bases."""
+    model = mlp(5, 4, 3)
+    preconditioner = preconditioner_of(model, method=hk.METHODS[name](), schedule=hk.Schedule(1, 4, lag=lag))
+    total: dict[str, float] = {}
+    count = 0.0
+    for step in range(12):
+        gradients, _ = taken(preconditioner, model, step)
+        for layer, (x, g) in rows(model, step).items():
+            started = "A_basis" in preconditioner.states[layer].solved
+            if name == "soap":
+                count = 0.95 * count + 1.0 if layer == "0" and started and layer in total else max(count, 1.0)
+                fresh, share = float(gradients[layer].square().sum()), 1.0 / count
+            else:
+                fresh, share = float((x.square().sum(1) * g.square().sum(1)).mean()), 0.05
+            s = float(preconditioner.states[layer].running["second_moment"].sum()) if started else 0.0
+            total[layer] = total[layer] + share * (fresh - total[layer]) if layer in total and started else s
+            assert s == pytest.approx(total[layer])
+
+
 def test_soap_has_no_noise_in_a_classifiers_last_layer() -> None:
     model = mlp(5, 16, 16, 3).float()
     preconditioner = hk.Preconditioner(model, method=SOAP(damping=1e-12), step_control=None)

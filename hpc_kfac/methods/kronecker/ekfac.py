@@ -88,12 +88,19 @@ class EKFAC(Kronecker):
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         solved = self.decompose(state, shape)
         a_values, g_values = (solved.pop(f"{name}_values", None) for name in ("A", "G"))
-        if "second_moment" in state and self.has_bases(state, shape):
-            moment = self.rebase(state["second_moment"], state, solved, shape)
-        else:
-            moment = eigenvalue_grid(a_values, g_values)
-        solved["second_moment"] = moment.expand(shape.blocks, shape.outputs, shape.inputs).contiguous()
-        return solved
+        if self._is_measured(state, shape):
+            return self.landed(solved, state, shape)
+        moment = eigenvalue_grid(a_values, g_values).expand(shape.blocks, shape.outputs, shape.inputs)
+        return {**solved, "second_moment": moment.contiguous()}
+
+    def _is_measured(self, state: State, shape: LayerShape) -> bool:
+        """Whether there is an s already, in bases."""
+        return "second_moment" in state and self.has_bases(state, shape)
+
+    def landed(self, result: State, state: State, shape: LayerShape) -> State:
+        if not self._is_measured(state, shape):
+            return result
+        return {**result, "second_moment": self.rebase(state["second_moment"], state, result, shape).contiguous()}
 
     def precondition(
         self, gradient: Tensor, state: State, shape: LayerShape, damping: float, work: Workspace | None = None

@@ -89,10 +89,13 @@ class SOAP(GradientMoments):
         solved = self.decompose(state, shape)
         for name, _, _ in self.sides(shape):
             del solved[f"{name}_values"]
+        return self.landed(solved, state, shape)
+
+    def landed(self, result: State, state: State, shape: LayerShape) -> State:
         moment = state["second_moment"]
         if self.has_bases(state, shape):
-            return {**solved, "second_moment": self.rebase(moment, state, solved, shape)}
-        return {**solved, "second_moment": self.to_basis(moment, solved, shape).square()}
+            return {**result, "second_moment": self.rebase(moment, state, result, shape)}
+        return {**result, "second_moment": self.to_basis(moment, result, shape).square()}
 
     def precondition(
         self, gradient: Tensor, state: State, shape: LayerShape, damping: float, work: Workspace | None = None
