@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hpc_kfac as hk
+from hpc_kfac.distributed.communicator import Communicator
 from unit.step_oracle import (
     DAMPING,
     DOUBLE,
@@ -28,6 +29,7 @@ from unit.step_oracle import (
     one_step,
     preconditioner_of,
 )
+from unit.thread_ranks import on_ranks
 
 close = torch.testing.assert_close
 METHODS = {
@@ -238,6 +240,41 @@ def test_failed_decomposition_keeps_the_last_good_one() -> None:
         shape = preconditioner.capture.layers["4"].shape
         close(matrices(model, preconditioner)["4"], preconditioner.method.precondition(raw, view, shape, DAMPING))
     assert preconditioner.failures == 2
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_ranks_go_on_alike_after_a_failed_decomposition(fraction: float) -> None:
+    """A factor of one of two ranks is not finite: all go on with its decomposition of step 0, and one of them tells."""
+
+    def work(comm: Communicator) -> tuple[list[Tensor], list[int]]:
+        model = net()
+        placement = hk.Kaisa(grad_worker_fraction=fraction)
+        preconditioner = preconditioner_of(model, comm=comm, placement=placement)
+        preconditioner._executor.overlap = False  # collectives of threads block
+        preconditioner._executor.begin(())
+        good = torch.empty(0)
+        for step in range(3):
+            backward(preconditioner, model, step)
+            raw = matrices(model, preconditioner)["4"]
+            if step == 1 and comm.rank == 1:
+                preconditioner.states["4"].running["A"][0, 0, 0] = math.nan
+            report = preconditioner.step(log=True)
+            assert (report.applied, report.failures, report.refreshed) == (True, step > 0, 3 - (step > 0))
+            view, found = preconditioner.states["4"].view(), matrices(model, preconditioner)
+            if "A_basis" in view:  # on a grad worker
+                good = view["A_basis"].clone() if step == 0 else good
+                assert torch.equal(view["A_basis"], good)
+                shape = preconditioner.capture.layers["4"].shape
+                close(found["4"], preconditioner.method.precondition(raw, view, shape, DAMPING))
+        return list(found.values()), [layer.staleness for layer in report.layers.values()]
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        (first, staleness), (second, other) = on_ranks(2, work)
+    assert staleness == other and max(staleness) == 2
+    for left, right in zip(first, second, strict=True):
+        assert torch.equal(left, right)
+    assert len([w for w in told if "layer '4': the refresh of A of step 1 failed" in str(w.message)]) == 1
 
 
 NEARLY_RANK_ONE = {
