@@ -199,6 +199,7 @@ class ConvBatch(PositionBatch):
 
 class ConvLayer(CapturedLayer):
     families = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    shares_by_nature = True
     module: Convolution
 
     @property

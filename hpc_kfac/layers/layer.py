@@ -21,13 +21,17 @@ class CapturedLayer(ABC):
         module: the module.
         shape: the blocks of its weight matrix.
         parameters: the weight and, where it is trained, the bias.
-        shared: whether the weights were used at several positions of a sample, in the last forward pass that was seen.
+        shared: whether the weights were used at several positions of a sample, in the last forward pass that was seen;
+            before one, as on a rank whose samples never come by, what the family's weights are for.
     """
 
     families: ClassVar[tuple[type[nn.Module], ...]] = ()
     """The torch modules that the class captures."""
     parameter_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
     """What the module calls its weight and, if it can have one, its bias."""
+
+    shares_by_nature: ClassVar[bool] = False
+    """Whether the family's weights are made to be used at several positions."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
@@ -38,7 +42,7 @@ class CapturedLayer(ABC):
         self.parameters += [bias for bias in others if bias is not None and bias.requires_grad]
         self._sizes = [parameter.shape for parameter in self.parameters]
         self.shape = self._shape()
-        self.shared = False
+        self.shared = self.shares_by_nature
 
     @staticmethod
     def obstacle(module: nn.Module) -> str | None:

@@ -129,6 +129,8 @@ class NormLayer(CapturedLayer):
 class ChannelNormLayer(NormLayer):
     """Inputs [N, C, ...]: the channel is the second axis. Nothing as large as the input is written."""
 
+    shares_by_nature = True
+
     module: BatchNorm | nn.GroupNorm
 
     def sample_gradients(self, use: Use, reading: Reading) -> Tensor:

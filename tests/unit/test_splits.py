@@ -128,11 +128,17 @@ def made(name: str) -> hk.Method:
 
 
 def updates(
-    method: hk.Method, kind: str, sharing: Any, comm: Communicator | None = None, cuts: Any = (), steps: int = STEPS
+    method: hk.Method,
+    kind: str,
+    sharing: Any,
+    comm: Communicator | None = None,
+    cuts: Any = (),
+    steps: int = STEPS,
+    control: Any = None,
 ) -> list[Tensor]:
     """Of each step and layer; a rank without samples makes no pass."""
     model = Tokens() if "tokens" in kind else Branched() if kind == "branch" else Images()
-    settings = {"schedule": hk.Schedule(1, 1), "step_control": None, "precision": DOUBLE, "fisher": "empirical"}
+    settings = {"schedule": hk.Schedule(1, 1), "step_control": control, "precision": DOUBLE, "fisher": "empirical"}
     preconditioner = hk.Preconditioner(model, method=method, comm=comm or "serial", weight_sharing=sharing, **settings)
     preconditioner._executor.overlap = False  # collectives of threads block, so none comes before the gradients'
     preconditioner._executor.begin(())
@@ -200,3 +206,12 @@ def test_two_products_are_as_one_process_where_all_ranks_use_the_layer() -> None
     whole = updates(method, "branch", "expand", steps=5)
     for rank in on_ranks(2, lambda comm: updates(method, "branch", "expand", comm, (0, 5, 12), 5)):
         torch.testing.assert_close(rank, whole)
+
+
+def test_convolutions_are_evened_out_by_owners_without_a_sample_too() -> None:
+    whole = updates(made("kfac"), "images", "expand", control=hk.Orthogonal())
+    for rank in on_ranks(
+        2, lambda comm: updates(made("kfac"), "images", "expand", comm, (0, 0, SAMPLES), control=hk.Orthogonal())
+    ):
+        for found, wanted in zip(rank, whole, strict=True):
+            assert torch.allclose(found, wanted, rtol=1e-8, atol=1e-10)
