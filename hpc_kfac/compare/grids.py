@@ -111,7 +111,7 @@ FAMILY: dict[str, list[Settings]] = {
         **dict.fromkeys(("eva", "eva_f"), {**SHARES, "damping": [0.03, 0.3], **EVERY_STEP}),
         "eva_s": {**SHARES, "damping": [0.01, 0.1], **EVERY_STEP},
         "mkor": {**SHARES, "damping": [0.1, 0.3], **EVERY_10},
-        **dict.fromkeys(("sample_matrix", "hylo", "seng"), {"damping": [0.1, 1.0], **LIKE_KFAC}),
+        **dict.fromkeys(("sample_matrix", "hylo", "seng"), {**SHARES, "damping": [0.03, 0.3], **LIKE_KFAC}),
         "shampoo": {"damping": [1e-4, 1e-2], "statistics": 1, "refresh": 20, "early": 5},
         "soap": {**SHARES, "damping": [0.01, 0.1], "statistics": 1, "refresh": 10, "early": 5},
         "jorge": {"damping": [0.1, 1.0], **EVERY_10},
