@@ -49,7 +49,7 @@ def weights(run: Run) -> torch.Tensor:
     return nn.utils.parameters_to_vector(run._model.parameters()).detach()
 
 
-LOOSE = {"muon": 0.1, "kfac": 0.02, "adahessian": 5e-3, "soap": None, "sample_matrix": None}
+LOOSE = {"muon": 0.1, "kfac": 0.02, "adahessian": 0.02, "soap": None, "sample_matrix": None}
 """Relative difference of two ranks from one where rounding grows: in bfloat16, in roots near the damping, in Hessian
 products. SOAP's basis of a few gradients and the rows that ranks draw are arbitrary."""
 
