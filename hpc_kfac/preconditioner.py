@@ -31,7 +31,7 @@ from hpc_kfac.engine.placing import make_problem, refresh_flops, resident_bytes
 from hpc_kfac.engine.plan import Problem
 from hpc_kfac.engine.precision import Precision
 from hpc_kfac.engine.reduction_ratio import ReductionRatio, check_steers
-from hpc_kfac.engine.settling import OPEN, contradiction, settle, void_graft
+from hpc_kfac.engine.settling import OPEN, check_means, contradiction, settle, void_graft
 from hpc_kfac.engine.state import LayerState, StepInputs
 from hpc_kfac.engine.statistics import Collector
 from hpc_kfac.engine.step_report import StepReport
@@ -192,6 +192,11 @@ class Preconditioner:
             dtype=self.precision.factors,
             rows=self.precision.moments,
         )
+        try:
+            check_means(self.method, fisher, {name: layer.shape for name, layer in self.capture.layers.items()})
+        except ValueError:
+            self.capture.remove()
+            raise
         modules = {name: layer.module for name, layer in self.capture.layers.items()}
         self._attachments = Attachments(self, modules, self.capture.place, self.capture.remove)
         self._checked = self._comm.size == 1

@@ -11,6 +11,7 @@ from hpc_kfac.options.schedule import Schedule
 from hpc_kfac.options.step_control import FixedNorm, StepControl
 
 if TYPE_CHECKING:
+    from hpc_kfac.layers.batch import LayerShape
     from hpc_kfac.methods.method import Method
 
 
@@ -90,6 +91,20 @@ def contradiction(method: Method, fisher: FisherSource | None) -> str:
             f" not vanish as that of labels drawn from the model does; leave fisher out for {method.wants.fisher!r}"
         )
     return ""
+
+
+def check_means(method: Method, fisher: FisherSource, shapes: Mapping[str, LayerShape]) -> None:
+    """Refuses an exact Fisher for a method that takes means of output gradients.
+
+    Raises:
+        ValueError: with the method's and a layer's name.
+    """
+    named = [name for name, shape in shapes.items() if method.needs_output_means(shape)]
+    if fisher == "exact" and named:
+        raise ValueError(
+            f"fisher='exact' has no mean output gradient, which {type(method).__name__} takes of layer {named[0]!r};"
+            " give fisher='sampled' or 'empirical', or leave fisher out"
+        )
 
 
 def void_graft(method: Method, step_control: StepControl) -> str:

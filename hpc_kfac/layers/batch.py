@@ -189,6 +189,14 @@ class LayerBatch(Protocol):
         """G = (1/M) sum of g g^T over positions, in the given structure. Never asked of an ``Identity`` output."""
         ...
 
+    def input_mean(self) -> Tensor:
+        """The first of `means`.
+
+        Raises:
+            ValueError: with an exact Fisher, if the rows x are gradients.
+        """
+        ...
+
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean of x over positions [p, a], under `reduce` over samples, and (1/M) sum of g [p, o].
 

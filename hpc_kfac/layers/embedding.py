@@ -73,11 +73,13 @@ class EmbeddingBatch:
 
     def means(self) -> tuple[Tensor, Tensor]:
         refuse_draws(self.reading.draws)
+        return self.input_mean(), self.g.sum(1) * (self.reading.scale / self.count)
+
+    def input_mean(self) -> Tensor:
         if self.reading.reduce:
-            frequency = self._sample_inputs().sum(0) / max(self.input_rows, 1.0)
-        else:
-            frequency = torch.bincount(self.token, minlength=self.shape.inputs).to(self.g) / max(len(self.token), 1)
-        return frequency.unsqueeze(0), self.g.sum(1) * (self.reading.scale / self.count)
+            return (self._sample_inputs().sum(0) / max(self.input_rows, 1.0)).unsqueeze(0)
+        frequency = torch.bincount(self.token, minlength=self.shape.inputs).to(self.g) / max(len(self.token), 1)
+        return frequency.unsqueeze(0)
 
     def paired_moments(
         self,

@@ -59,8 +59,11 @@ class NormBatch:
         return self._rows.new_ones(structure.shape(self.shape.blocks, 1))
 
     def means(self) -> tuple[Tensor, Tensor]:
+        return self.input_mean(), self._rows.new_ones(self.shape.blocks, 1)
+
+    def input_mean(self) -> Tensor:
         refuse_draws(self.reading.draws)
-        return self._rows.sum(1) / self.count, self._rows.new_ones(self.shape.blocks, 1)
+        return self._rows.sum(1) / self.count
 
     def paired_moments(
         self,

@@ -118,12 +118,13 @@ class PositionBatch(ABC):
     def means(self) -> tuple[Tensor, Tensor]:
         refuse_draws(self.draws)
         g = reduce(torch.add, [self.output_sum(part) for part in self._parts()])
-        g = self._cleared(g) * (self.scale / self.count)
+        return self.input_mean(), self._cleared(g) * (self.scale / self.count)
+
+    def input_mean(self) -> Tensor:
         if self.reduce:
             rows = torch.cat([self._sample_inputs(group, slice(None)) for group in self.groups], dim=1)
-            return rows.sum(1) / max(self.input_rows, 1.0), g
-        x = reduce(torch.add, [self.input_sum(part) for part in self._parts()])
-        return x / self._positions(), g
+            return rows.sum(1) / max(self.input_rows, 1.0)
+        return reduce(torch.add, [self.input_sum(part) for part in self._parts()]) / self._positions()
 
     def input_sum(self, part: Part) -> Tensor:
         """Sum of the input rows over samples and positions [p, a]."""

@@ -329,6 +329,13 @@ class Method(ABC):
         """
         return False
 
+    def needs_output_means(self, shape: LayerShape) -> bool:
+        """Whether statistics of a layer take means of output gradients, which an exact Fisher does not have.
+
+        By default they do not.
+        """
+        return False
+
     def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
         """<delta, damping delta> over all blocks, a scalar: what `quadratic` lacks of <delta, (F + damping) delta>.
 

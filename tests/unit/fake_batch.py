@@ -38,7 +38,10 @@ class FakeBatch:
         return structure.from_dense(torch.einsum("pnto,pntq->poq", self.g, self.g) / self.count)
 
     def means(self) -> tuple[Tensor, Tensor]:
-        return self.x.mean((1, 2)), self.g.sum((1, 2)) / self.count
+        return self.input_mean(), self.g.sum((1, 2)) / self.count
+
+    def input_mean(self) -> Tensor:
+        return self.x.mean((1, 2))
 
     def paired_moments(
         self,

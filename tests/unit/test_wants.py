@@ -186,6 +186,21 @@ def test_tnt_without_observe_is_refused_and_says_that_tnt_wants_it() -> None:
         list(steps(model, optimizer, preconditioner, 1, observe=False))
 
 
+@pytest.mark.parametrize("name", ["eva", "mkor", "tnt"])
+def test_an_exact_fisher_is_refused_at_construction_where_means_are_taken(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{hk.METHODS[name].__name__} takes .*give fisher='sampled' or 'empirical'"):
+        preconditioner_of(hk.METHODS[name](), fisher="exact")
+
+
+def test_eva_f_takes_an_exact_fisher_but_in_norm_layers() -> None:
+    model, optimizer, preconditioner = preconditioner_of(hk.METHODS["eva_f"](), fisher="exact")
+    assert all(report.applied for _, report in steps(model, optimizer, preconditioner, 2, observe=True))
+    with pytest.raises(ValueError, match="EvaF takes of layer '1'"):
+        hk.Preconditioner(
+            torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)), method="eva_f", fisher="exact"
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "fisher", "said"),
     [

@@ -75,6 +75,9 @@ class EKFAC(Kronecker):
             fresh["second_moment"] = batch.projected_square(g_basis, a_basis, g_structure, a_structure)
         return fresh
 
+    def needs_output_means(self, shape: LayerShape) -> bool:
+        return self.moments_of == "batch"
+
     def complete(self, merged: State, terms: Terms, state: State, shape: LayerShape) -> State:
         fresh = super().complete(merged, terms, state, shape)
         if "rotated" in fresh:

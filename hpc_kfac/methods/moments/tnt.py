@@ -40,6 +40,9 @@ class TNT(Paired, KFAC):
     def collect(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
         return {"D": batch.mean_gradient()}
 
+    def needs_output_means(self, shape: LayerShape) -> bool:
+        return True
+
     def complete(self, merged: State, terms: Terms, state: State, shape: LayerShape) -> State:
         gradient = super().complete(merged, terms, state, shape)["D"]
         return {name: moment * terms.all for name, moment in self.gradient_moments(gradient, shape).items()}

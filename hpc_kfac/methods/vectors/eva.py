@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hpc_kfac.linalg.scaling import size_of
 from hpc_kfac.linalg.solve import require_finite
+from hpc_kfac.linalg.structure import Diagonal, Identity
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, Method, State, StateSpec
 from hpc_kfac.options.damping import Damping
@@ -17,9 +18,6 @@ from hpc_kfac.options.wants import Wants
 
 if TYPE_CHECKING:
     from hpc_kfac.layers.batch import LayerBatch, LayerShape
-
-ROUNDING = 64.0
-"""Rounding errors that a sum over a batch may be off by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +28,10 @@ class Eva(Method):
     a block and has nothing to decompose.
 
     Args:
-        damping: added to the curvature, or a `Damping`; None for 0.1, by default of F's one eigenvalue.
+        damping: added to the curvature, or a `Damping`; None for 0.3, by default of K-FAC's mean eigenvalue.
         decay: weight of the old value in the running means.
-        relative_damping: damping is a share of |a_mean|^2 |g_mean|^2. None: only if damping is None.
+        relative_damping: damping is a share of E|x|^2 E|g|^2 / (a o) of the layer, the mean eigenvalue of K-FAC's
+            curvature, which stays where F vanishes with the mean gradient. None: only if damping is None.
 
     Raises:
         ValueError: a setting out of range.
@@ -40,6 +39,7 @@ class Eva(Method):
 
     name: ClassVar[str] = "eva"
     wants = Wants(statistics=1, refresh=1, why="means of every step; there is nothing to decompose (Zhang et al. 2023)")
+    share: ClassVar[float] = 0.3
     refreshed_by_all: ClassVar[bool] = True
     damping: float | Damping | None = None
     decay: float = 0.95
@@ -50,16 +50,18 @@ class Eva(Method):
         self._check()
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
-        # Reduced with every statistics step, because there is no refresh to wait for.
-        sides = (("a_mean", shape.inputs, shape.input_over), ("g_mean", shape.outputs, shape.output_over))
-        return tuple(
-            StateSpec(name, (shape.blocks, d), "running", reduce="mean", reduce_at="statistics", lives="all", over=over)
-            for name, d, over in sides
-        )
+        squares = self.relative_damping
+        return (*_side("a", shape.inputs, shape, squares), *_side("g", shape.outputs, shape, squares))
 
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
         a_mean, g_mean = batch.means()
-        return {"a_mean": a_mean, "g_mean": g_mean}
+        found = {"a_mean": a_mean, "g_mean": g_mean}
+        if self.relative_damping:
+            found |= {"a_square": _input_square(batch), "g_square": _output_square(batch, shape)}
+        return found
+
+    def needs_output_means(self, shape: LayerShape) -> bool:
+        return True
 
     @property
     def refresh_damps(self) -> bool:
@@ -75,7 +77,7 @@ class Eva(Method):
     ) -> Tensor:
         work = Workspace() if work is None else work
         (a, g), curvature = self._rank_one(state, gradient.dtype, work)
-        shift = self._shift(damping, curvature, work)
+        shift = self._shift(damping, curvature, state, shape, work)
         along = _product(gradient, a, g, work).div_(_one_and(shift, curvature, work))
         update, correction = work.like("update", gradient), torch.mul(g, along, out=work.like("correction", g))
         return torch.baddbmm(gradient, correction, a.mT, alpha=-1.0, out=update).div_(shift)
@@ -85,12 +87,32 @@ class Eva(Method):
         pairs = [_unit(v, name, work) for v, name in zip(_vectors(state, dtype, work), "ag", strict=True)]
         return [unit for unit, _ in pairs], pairs[0][1].mul_(pairs[1][1]).square_()
 
-    def _shift(self, damping: float, curvature: Tensor, work: Workspace) -> Tensor:
-        """The damping, [p or 1, 1, 1]: a number, or a share of the eigenvalue, which counts as 1 where it is zero."""
+    def _shift(self, damping: float, curvature: Tensor, state: State, shape: LayerShape, work: Workspace) -> Tensor:
+        """The damping, [p or 1, 1, 1]: a number, or a share of the mean curvature, which counts as 1 where it is zero.
+
+        Of F itself where a checkpoint of an earlier version lacks the squares.
+        """
         scale = work.number("damping", damping, curvature.dtype, curvature.device)
         if not self.relative_damping:
             return scale
-        return torch.logical_not(curvature, out=work.like("shift", curvature)).add_(curvature).mul_(scale)
+        mean = curvature if "a_square" not in state else self._mean_curvature(state, shape, curvature, work)
+        some = torch.logical_not(mean, out=work.like("shift", mean)).add_(mean)
+        return some.mul_(scale)
+
+    def _mean_curvature(self, state: State, shape: LayerShape, like: Tensor, work: Workspace) -> Tensor:
+        """The mean eigenvalue [1, 1, 1] of K-FAC's curvature over all blocks: a channel may have none."""
+        one = (1, 1, 1)
+        mean = work.take("mean curvature", one, like.dtype, like.device).fill_(1.0 / self._eigenvalues(shape))
+        for name in ("a_square", "g_square"):
+            if name in state:
+                square = work.cast(name, state[name], like.dtype).unsqueeze(2)
+                out = work.take(f"mean {name}", one, like.dtype, like.device)
+                mean.mul_(torch.mean(square, dim=0, keepdim=True, out=out))
+        return mean
+
+    def _eigenvalues(self, shape: LayerShape) -> int:
+        """How many a block of K-FAC's curvature has whose mean the damping is a share of."""
+        return shape.inputs * shape.outputs
 
     def is_damped(self, shape: LayerShape) -> bool:
         return True
@@ -98,7 +120,7 @@ class Eva(Method):
     def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
         work = Workspace()
         _, curvature = self._rank_one(state, delta.dtype, work)
-        return (self._shift(damping, curvature, work) * delta.square()).sum()
+        return (self._shift(damping, curvature, state, shape, work) * delta.square()).sum()
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         work = Workspace()
@@ -116,21 +138,26 @@ class EvaF(Eva):
     U = [D - (D a_mean) a_mean^T / (damping + |a_mean|^2)] / damping.
 
     Args:
-        damping: added to the curvature, or a `Damping`; None for 0.1, by default of |a_mean|^2.
+        damping: added to the curvature, or a `Damping`; None for 0.1, by default of E|x|^2 / a.
         decay: weight of the old value in the running mean.
-        relative_damping: damping is a share of |a_mean|^2. None: only if damping is None.
+        relative_damping: damping is a share of E|x|^2 / a of the layer. None: only if damping is None.
 
     Raises:
         ValueError: a setting out of range.
     """
 
     name: ClassVar[str] = "eva_f"
+    share: ClassVar[float] = 0.1
 
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
-        return super().state(shape)[:1]
+        return _side("a", shape.inputs, shape, self.relative_damping)
 
     def statistics(self, batch: LayerBatch, state: State, shape: LayerShape) -> State:
-        return {"a_mean": batch.means()[0]}
+        found = {"a_mean": batch.input_mean()}
+        return found | {"a_square": _input_square(batch)} if self.relative_damping else found
+
+    def needs_output_means(self, shape: LayerShape) -> bool:
+        return shape.gradient_rows
 
     def refresh(self, state: State, shape: LayerShape, damping: float, part: str | None = None) -> State:
         require_finite(state["a_mean"], "a_mean")
@@ -141,7 +168,7 @@ class EvaF(Eva):
     ) -> Tensor:
         work = Workspace() if work is None else work
         (a,), curvature = self._rank_one(state, gradient.dtype, work)
-        shift = self._shift(damping, curvature, work)
+        shift = self._shift(damping, curvature, state, shape, work)
         size = (shape.blocks, shape.outputs, 1)
         along = torch.bmm(gradient, a, out=work.take("column", size, gradient.dtype, gradient.device))
         along.div_(_one_and(shift, curvature, work))
@@ -150,6 +177,9 @@ class EvaF(Eva):
     def _rank_one(self, state: State, dtype: torch.dtype, work: Workspace) -> tuple[list[Tensor], Tensor]:
         unit, length = _unit(work.cast("a_mean", state["a_mean"], dtype).unsqueeze(2), "a", work)
         return [unit], length.square_()
+
+    def _eigenvalues(self, shape: LayerShape) -> int:
+        return shape.inputs
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         return torch.bmm(delta, state["a_mean"].to(delta.dtype).unsqueeze(2)).square().sum()
@@ -164,13 +194,14 @@ class EvaS(Eva):
     """Eva-s: Shampoo with rank-one factors of the averaged gradient's means, U = S_G^-power D S_A^-power.
 
     S = v v^T + damping I with v_A the mean of D over its rows and v_G over its columns, and in closed form
-    S^-p = damping^-p (I - v v^T / |v|^2) + (damping + |v|^2)^-p v v^T / |v|^2. A relative damping is never below what
-    rounding leaves of a v that is zero, as the mean over the outputs of a softmax is.
+    S^-p = damping^-p (I - v v^T / |v|^2) + (damping + |v|^2)^-p v v^T / |v|^2. A relative damping is of the rows'
+    mean square where that is more than |v|^2: v may be zero, as the mean over the outputs of a softmax is.
 
     Args:
-        damping: added to each rank-one factor, or a `Damping`; None for 0.01, by default of |v|^2.
+        damping: added to each rank-one factor, or a `Damping`; None for 0.001, by default of the rows' mean square.
         decay: weight of the old value in the running means.
-        relative_damping: damping is a share of |v|^2 of each factor. None: only if damping is None.
+        relative_damping: damping is a share of |v|^2 of each factor, or of the mean square of the rows that v is the
+            mean of, if that is more. None: only if damping is None.
         power: of each factor; Shampoo's is 1/4.
 
     Raises:
@@ -178,7 +209,7 @@ class EvaS(Eva):
     """
 
     name: ClassVar[str] = "eva_s"
-    share: ClassVar[float] = 0.01
+    share: ClassVar[float] = 0.001
     reads: ClassVar[Literal["samples", "gradients"]] = "gradients"
     power: float = 0.25
 
@@ -190,6 +221,9 @@ class EvaS(Eva):
     def state(self, shape: LayerShape) -> tuple[StateSpec, ...]:
         sizes = (("a_mean", shape.inputs), ("g_mean", shape.outputs))
         return tuple(StateSpec(name, (shape.blocks, d), "running") for name, d in sizes)
+
+    def needs_output_means(self, shape: LayerShape) -> bool:
+        return False
 
     def fold_gradient(self, running: State, solved: State, gradient: Tensor, shape: LayerShape) -> None:
         self.fold(running, {"a_mean": gradient.mean(1), "g_mean": gradient.mean(2)}, self.decay)
@@ -203,8 +237,7 @@ class EvaS(Eva):
         exponent = work.number("exponent", -self.power, gradient.dtype, gradient.device)
         for v, matrix, name in zip(vectors, (update, update.mT), "ag", strict=True):
             unit, length = _unit(v, name, work)
-            least = ROUNDING * torch.finfo(state[f"{name}_mean"].dtype).eps / matrix.shape[1] ** 0.5
-            shift = self._root(damping, length, gradient, least, work)
+            shift = self._root(damping, length, gradient, matrix.shape[1], work)
             # Along v the power is (shift^2 + |v|^2)^-p in place of shift^-2p.
             share = length.div_(shift).square_().log1p_().mul_(exponent).expm1_()
             along = work.take(f"along {name}", (shape.blocks, matrix.shape[1], 1), v.dtype, v.device)
@@ -212,15 +245,15 @@ class EvaS(Eva):
             update.mul_(torch.pow(shift.square_(), exponent, out=shift))
         return update
 
-    def _root(self, damping: float, length: Tensor, gradient: Tensor, least: float, work: Workspace) -> Tensor:
-        """The root of a factor's damping [p, 1, 1], at least this share of the gradient; 1 where all is zero."""
+    def _root(self, damping: float, length: Tensor, gradient: Tensor, rows: int, work: Workspace) -> Tensor:
+        """The root of a factor's damping [p, 1, 1], at least a share of so many rows' mean; 1 where all is zero."""
         root = work.number("root", damping**0.5, length.dtype, length.device)
         shift = work.like("shift", length)
         if not self.relative_damping:
             return shift.copy_(root.expand_as(shift))
         torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True, out=shift)
-        shift.mul_(work.number(f"error {least}", least, length.dtype, length.device))
-        torch.maximum(shift, torch.mul(length, root, out=work.like("other", length)), out=shift)
+        shift.mul_(work.number(f"mean of {rows}", rows**-0.5, length.dtype, length.device))
+        torch.maximum(shift, length, out=shift).mul_(root)
         return shift.add_(torch.logical_not(shift, out=work.like("other", length)))
 
     def is_damped(self, shape: LayerShape) -> bool:
@@ -237,6 +270,38 @@ class EvaS(Eva):
     def cost(self, shape: LayerShape) -> Cost:
         """Flops: 9 a o for one gradient, nothing else."""
         return Cost(0.0, 0.0, 9.0 * shape.parameters)
+
+
+def _side(name: Literal["a", "g"], d: int, shape: LayerShape, squares: bool | None) -> tuple[StateSpec, ...]:
+    """The running mean [p, d] of a side's rows, and where `squares` that of their squared lengths [p, 1]."""
+    over = shape.input_over if name == "a" else shape.output_over
+
+    def spec(tensor: str, d: int, needed: bool) -> StateSpec:
+        # Reduced with every statistics step, because there is no refresh to wait for.
+        return StateSpec(
+            f"{name}_{tensor}",
+            (shape.blocks, d),
+            "running",
+            reduce="mean",
+            reduce_at="statistics",
+            lives="all",
+            over=over,
+            needed=needed,
+        )
+
+    return (spec("mean", d, True), spec("square", 1, False)) if squares else (spec("mean", d, True),)
+
+
+def _input_square(batch: LayerBatch) -> Tensor:
+    """The mean of |x|^2, [p, 1]."""
+    return batch.input_moment(Diagonal()).sum(1, keepdim=True)
+
+
+def _output_square(batch: LayerBatch, shape: LayerShape) -> Tensor:
+    """(1/M) sum of |g|^2, [p, 1]."""
+    if isinstance(shape.output_structure, Identity):
+        return batch.means()[1].square()
+    return batch.output_moment(Diagonal()).sum(1, keepdim=True)
 
 
 def _vectors(state: State, dtype: torch.dtype, work: Workspace) -> tuple[Tensor, Tensor]:

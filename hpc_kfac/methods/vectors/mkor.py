@@ -123,6 +123,9 @@ class MKOR(Method):
         update = work.cast("update", torch.bmm(g, half, out=work.like("left", operand)), gradient.dtype)
         return with_length_of(update, gradient, work)
 
+    def needs_output_means(self, shape: LayerShape) -> bool:
+        return True
+
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
         right = torch.linalg.solve(state["A_inverse"].to(delta.dtype), delta.mT).mT
         return (delta * torch.linalg.solve(state["G_inverse"].to(delta.dtype), right)).sum()
