@@ -101,13 +101,13 @@ class Eva(Method):
 
     def _mean_curvature(self, state: State, shape: LayerShape, like: Tensor, work: Workspace) -> Tensor:
         """The mean eigenvalue [1, 1, 1] of K-FAC's curvature over all blocks: a channel may have none."""
-        one = (1, 1, 1)
-        mean = work.take("mean curvature", one, like.dtype, like.device).fill_(1.0 / self._eigenvalues(shape))
-        for name in ("a_square", "g_square"):
-            if name in state:
-                square = work.cast(name, state[name], like.dtype).unsqueeze(2)
-                out = work.take(f"mean {name}", one, like.dtype, like.device)
-                mean.mul_(torch.mean(square, dim=0, keepdim=True, out=out))
+        squares = [name for name in ("a_square", "g_square") if name in state]
+        factor = 1.0 / (shape.blocks ** len(squares) * self._eigenvalues(shape))
+        mean = work.number(f"one of the mean {factor}", factor, like.dtype, like.device)
+        for name in squares:
+            square = work.cast(name, state[name], like.dtype).unsqueeze(2)
+            total = work.take(f"total {name}", (1, 1, 1), like.dtype, like.device)
+            mean = torch.sum(square, dim=0, keepdim=True, out=total).mul_(mean)
         return mean
 
     def _eigenvalues(self, shape: LayerShape) -> int:
