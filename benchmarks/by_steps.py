@@ -5,6 +5,8 @@ over all steps; data order, start weights and evaluation are those of `hpc-kfac 
 is changed in the first point of its grid, values in JSON:
 
     mpirun -n 1 python -m mpi4py benchmarks/by_steps.py cnn --steps 330 "muon lr=0.02" "kfac damping=0.1"
+
+With --choose it is changed in the point of its grid that has the least test loss on a further seed.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import statistics
 from typing import Any
 
@@ -64,12 +67,25 @@ def train(
     return test[task.figure], test["test_loss"], training["test_loss"]
 
 
+def choose(
+    task: BenchTask, contender: str, points: list[dict[str, Any]], given: argparse.Namespace, ranks: Ranks
+) -> dict[str, Any]:
+    """The point with the least test loss."""
+
+    def loss(point: dict[str, Any]) -> float:
+        found = train(task, contender, point, given.steps, given.tested, given.seeds, ranks)[1]
+        return found if math.isfinite(found) else math.inf
+
+    return min(points, key=loss)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("runs", nargs="+", type=parse, help='"CONTENDER key=value ..."')
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--choose", action="store_true", help="among the grid's points, on a further seed")
     parser.add_argument("--tested", type=int, default=10000, help="samples of either set")
     given = parser.parse_args()
     known = GRIDS[given.task]
@@ -86,13 +102,15 @@ def main() -> None:
         print(f"| {given.steps} steps | {task.figure}, median | each seed | test loss | training loss |")
         print("|---|---|---|---|---|")
     for contender, changed in given.runs:
-        settings = {**known[contender][0], **changed}
+        points = [{**point, **changed} for point in known[contender]]
+        settings = choose(task, contender, points, given, ranks) if given.choose else points[0]
         found = [
             train(task, contender, settings, given.steps, given.tested, seed, ranks) for seed in range(given.seeds)
         ]
         figures, *losses = zip(*found, strict=True)
         if ranks.rank == 0:
-            words = ", ".join([contender, *(f"{key} {value}" for key, value in changed.items())])
+            shown = {key: settings[key] for key in ("lr", "damping") if key in settings} if given.choose else changed
+            words = ", ".join([contender, *(f"{key} {value}" for key, value in shown.items())])
             each = ", ".join(f"{figure:.4g}" for figure in figures)
             test, training = (statistics.median(values) for values in losses)
             print(f"| {words} | {statistics.median(figures):.4g} | {each} | {test:.4f} | {training:.4f} |", flush=True)
