@@ -40,7 +40,8 @@ long() { pytest tests/faults -m long; }
 measured() { COVERAGE_FILE=$PWD/.coverage COVERAGE_PROCESS_START=$PWD/setup.cfg "$@"; }
 
 # A worker takes about 1 GB.
-workers() { local cores; cores=$(nproc) && echo $((cores < 8 ? cores : 8)); }
+# nproc would count the threads of OMP_NUM_THREADS.
+workers() { local cores; cores=$(env -u OMP_NUM_THREADS nproc) && echo $((cores < 8 ? cores : 8)); }
 
 is_part() { [[ " ${PARTS[*]} ${MORE[*]} " == *" $1 "* ]]; }
 
