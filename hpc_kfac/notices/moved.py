@@ -91,4 +91,4 @@ class _Moved(MetaPathFinder, Loader):
 def install() -> None:
     """Makes old names importable in this process."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
-        sys.meta_path.append(_Moved())
+        sys.meta_path.insert(0, _Moved())  # before the finder of folders, which would load the file a second time
