@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 from torch.optim.swa_utils import AveragedModel
 
 import hpc_kfac as hk
+from hpc_kfac.layers import compiled as stances
 
 X, Y = torch.randn(16, 5), torch.randint(0, 3, (16,))
 
@@ -262,8 +263,10 @@ def train_compiled(
 
 @pytest.fixture(autouse=True)
 def alone() -> None:
-    """Preconditioners that tracebacks of other tests kept are gone: one that is armed has all code run uncompiled."""
+    """Preconditioners that tracebacks of failed tests keep do not count: one that is armed has code run uncompiled."""
     gc.collect()
+    for who in list(stances._wanting):
+        stances._want(who, False)
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def test_arguments_of_a_users_task(old: dict[str, Any], new: dict[str, Any], con
 def test_keys_of_another_version_are_taken() -> None:
     changes = compare("seed: 1\nold: 3\ntask: {name: x, gone: 1}", "seed: 1\nskip: [a]\ntask: {name: x, new: 2}")
     assert changes.contradictory == []
-    assert changes.taken == [
+    assert changes.unknown == [
         "old: 3 -> (not there)",
         "task.gone: 1 -> (not there)",
         "task.new: (not there) -> 2",
