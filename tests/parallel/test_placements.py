@@ -316,7 +316,8 @@ def test_traffic_is_that_of_the_formulas(comm):
     parts = {"conv": 2, "grouped": 2, "norm": 1, "head": 2}  # each with a flag that tells whether it was solved
     fractions = {1.0, 0.0} | ({0.5} if comm.size % 2 == 0 else set())
     placements = [*map(hk.Kaisa, sorted(fractions)), hk.Kaisa(0.0, factors="owner"), hk.Kaisa(0.0, factors="local")]
-    for solver, solved in (("eigen", bases), ("cholesky", factors)):
+    inverses = {layer: factors[layer] + p * parts[layer] for layer, (p, _, _) in sides.items()}  # and their dampings
+    for solver, solved in (("eigen", bases), ("cholesky", inverses)):
         for placement in placements:
             method = hk.KFAC(damping=0.1, solver=solver)
             _, preconditioner = train(comm, method, placement=placement, schedule=hk.Schedule(1, 1), steps=1)

@@ -18,7 +18,7 @@ from hpc_kfac.checkpoint import writer
 from hpc_kfac.checkpoint.state import collect
 from hpc_kfac.checkpoint.tree import Packed
 
-WIDTH, LAYERS = 128, 39
+WIDTH, LAYERS = 160, 25
 FLOAT, WEIGHT = 4, WIDTH**2 + WIDTH
 RANDOM_STATE = 5056 + 8 * (624 + 625)  # bytes of the generators of torch, numpy and Python
 
