@@ -15,6 +15,7 @@ import pytest
 
 import support
 
+pytestmark = pytest.mark.timeout(600)  # beside other tests
 HERE = Path(__file__).parent
 RUN = """\
 task: {{name: user, function: "slow_digits:slow_digits", metric: accuracy, arguments: {{seconds: {seconds}}}}}
@@ -56,7 +57,7 @@ def pbs(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 
 def launch(environment: dict[str, str], *words: str) -> support.Result:
-    return support.run(["bash", "jobs/launch.sh", *words], 100, environment, support.ROOT)
+    return support.run(["bash", "jobs/launch.sh", *words], 300, environment, support.ROOT)
 
 
 def run_file(folder: Path, seconds: float = 0) -> str:
@@ -72,12 +73,12 @@ def stopped_in_the_middle(environment: dict[str, str], folder: Path, number: sig
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while not list(folder.glob("*/checkpoints/step-*")):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=40)
+        output, _ = process.communicate(timeout=120)
     finally:
         support.kill_tree(process.pid)
     return process.returncode, output
@@ -172,7 +173,7 @@ def test_data_are_copied_once_and_checked(tmp_path: Path):
     (data / "one").write_bytes(os.urandom(100_000))
     words = ["bash", "jobs/stage.sh", str(data), str(stage), "echo", "program"]
     both = [subprocess.Popen(words, cwd=support.ROOT, text=True, stdout=subprocess.PIPE) for _ in range(2)]
-    outputs = [process.communicate(timeout=30)[0] for process in both]
+    outputs = [process.communicate(timeout=90)[0] for process in both]
     assert sum(output.count(", checked") for output in outputs) == 1
     (copy,) = {Path(output.split()[-1]) for output in outputs}
     assert all(f"program --task.path {copy}" in output for output in outputs)

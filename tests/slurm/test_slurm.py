@@ -15,7 +15,7 @@ from sandbox import Sandbox
 import support
 from hpc_kfac.checkpoint import inspect
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.jobs.status import look
 from hpc_kfac.jobs.submit import submit
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture
