@@ -17,7 +17,10 @@ from hpc_kfac.cluster.ranks import Ranks
 HARNESS = 1
 """Raised when a change of the harness makes older results incomparable."""
 
-APART = ("bench", "capacity", "checkpoint", "reporting", "training", "cli.py", "status.py", "submit.py", "__main__.py")
+APART = (
+    *("checkpoint", "cluster", "compare", "data", "jobs", "planning", "reporting", "tasks", "training"),
+    *("cli.py", "__main__.py"),
+)
 """What of this package is no part of a method."""
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from hpc_kfac import cli
 from hpc_kfac.cluster.ranks import Ranks
-from hpc_kfac.compare import command, memory, report, runs, tuning
+from hpc_kfac.compare import command, memory, report, runs, store, tuning
 from hpc_kfac.compare.contenders import OWN, Contender, Trained
 from hpc_kfac.compare.grids import FAMILY, GRIDS
 from hpc_kfac.compare.peers import CONTENDERS
@@ -385,6 +385,11 @@ def test_what_the_user_gets_wrong(
     with pytest.raises(SystemExit) as end:
         cli.main(["bench", *words, "--store", str(tmp_path)])
     assert end.value.code == 2 and problem in capsys.readouterr().err
+
+
+def test_what_is_no_part_of_a_method_is_there() -> None:
+    root = Path(tuning.__file__).parent.parent
+    assert [name for name in store.APART if not (root / name).exists()] == []
 
 
 def test_no_other_module_imports_it() -> None:
