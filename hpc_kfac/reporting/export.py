@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hpc_kfac.cluster.errors import InputError
 from hpc_kfac.reporting.history import History
-from hpc_kfac.reporting.rows import numbers_of, parsed_rows
+from hpc_kfac.reporting.rows import parsed_rows
+from hpc_kfac.training.scalars import Board, numbers_of
 
 
 def write_csv(run: Path, path: Path) -> None:
@@ -33,35 +32,6 @@ def write_csv(run: Path, path: Path) -> None:
         for row in parsed_rows(run / "metrics.jsonl"):
             writer.writerow({"kind": row["kind"], **dict(numbers_of(row))})
     aside.replace(path)
-
-
-class Board:
-    """Writes rows of metrics as TensorBoard scalars: one for each number, named as in CSV files.
-
-    Args:
-        folder: gets an event file.
-
-    Raises:
-        InputError: tensorboard is not installed.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError(f"tensorboard needs its package: {error}; pip install 'hpc-kfac[tensorboard]'") from error
-        self._writer: Any = SummaryWriter(str(folder))
-
-    def write(self, row: Mapping[str, Any], time: float | None = None) -> None:
-        """Writes a row, as reached at a time in seconds since 1970; None for now."""
-        prefix = "evaluation/" if row["kind"] == "evaluation" else ""
-        for name, value in numbers_of(row):
-            if name not in ("step", "steps", "epoch") and value == value:
-                self._writer.add_scalar(prefix + name, value, row["step"], walltime=time)
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._writer.close()
 
 
 def write_tensorboard(history: History, folder: Path) -> None:

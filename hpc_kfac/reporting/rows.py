@@ -146,15 +146,6 @@ def parsed_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def numbers_of(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a row, named as in `Table`."""
-    for name, value in row.items():
-        if isinstance(value, dict):
-            yield from numbers_of(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + name, value
-
-
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """A row; None if it is none."""
     try:

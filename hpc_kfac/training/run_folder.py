@@ -20,8 +20,8 @@ from hpc_kfac.cluster import environment, scheduler
 from hpc_kfac.cluster.errors import EXPECTED, exit_status
 from hpc_kfac.cluster.files import replace_file
 from hpc_kfac.cluster.ranks import Ranks
-from hpc_kfac.reporting.export import Board
 from hpc_kfac.training.config import Settings
+from hpc_kfac.training.scalars import Board
 
 DONE = "done.json"
 """Is there when the training is complete."""
