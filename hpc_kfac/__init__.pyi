@@ -3,8 +3,8 @@
 from . import checkpoint, methods
 from .distributed import Kaisa, Rates
 from .engine.precision import Precision
+from .engine.registering import register, register_layer
 from .engine.step_report import LayerReport, StepReport
-from .extending import register, register_layer
 from .guards.same_weights import WeightsDiffer
 from .layers import (
     CapturedLayer,

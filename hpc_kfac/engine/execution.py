@@ -436,7 +436,7 @@ class Executor:
         method, shape = self._problem.method, self._problem.shapes[name]
         if not method.is_damped(shape) or self._problem.assignment.owner[name] != self._comm.rank:
             return math.nan
-        if not ready or any(spec.needed and spec.name not in view for spec in self._problem.specs[name]):
+        if not ready or not self._problem.has_curvature(name, view):
             return 0.0
         unit = update / size_of(update)
         curved = method.quadratic(unit, view, shape).double()

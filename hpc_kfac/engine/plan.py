@@ -20,7 +20,7 @@ from hpc_kfac.engine.precision import Precision
 from hpc_kfac.engine.running_weight import NUMBERS
 from hpc_kfac.engine.state import LayerState
 from hpc_kfac.layers.batch import LayerShape
-from hpc_kfac.methods.method import Cost, Method, StateSpec
+from hpc_kfac.methods.method import Cost, Method, State, StateSpec
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class Problem:
     message_bytes: int = 4 * 2**20
     share: bool = True
     momentum: float = 0.0
+
+    def has_curvature(self, layer: str, state: State) -> bool:
+        """Whether a layer's state holds all that the method needs of it."""
+        return all(spec.name in state for spec in self.specs[layer] if spec.needed)
 
     def plan(self, due: Due, scalars: int = 0) -> tuple[Operation, ...]:
         """The operations of one step, in the order in which every rank posts them.

@@ -111,6 +111,6 @@ class ReductionRatio:
     def _curved(self, name: str, delta: Tensor, damping: float) -> Tensor | float:
         """<delta, (F + damping) delta>, as the update was damped; 0 for a plain gradient, before there is curvature."""
         method, shape, view = self._problem.method, self._problem.shapes[name], self._states[name].view()
-        if any(spec.needed and spec.name not in view for spec in self._problem.specs[name]):
+        if not self._problem.has_curvature(name, view):
             return 0.0
         return method.quadratic(delta, view, shape) + method.damping_form(delta, view, shape, damping)
