@@ -192,8 +192,11 @@ class Preconditioner:
             dtype=self.precision.factors,
             rows=self.precision.moments,
         )
+        shapes = {name: layer.shape for name, layer in self.capture.layers.items()}
         try:
-            check_means(self.method, fisher, {name: layer.shape for name, layer in self.capture.layers.items()})
+            check_means(self.method, fisher, shapes)
+            if isinstance(self.damping, LevenbergMarquardt):
+                check_steers(self.method, shapes, step_control)
         except ValueError:
             self.capture.remove()
             raise
@@ -241,9 +244,6 @@ class Preconditioner:
         if stall_seconds is not None and isinstance(self._comm, MPICommunicator) and self._comm.size > 1:
             self._watchdog = Watchdog(self._comm.mpi, self._comm.monitor, stall_seconds)
             self._attachments.add(self._watchdog.stop)
-        shapes = {name: layer.shape for name, layer in self.capture.layers.items()}
-        if isinstance(self.damping, LevenbergMarquardt):
-            check_steers(self.method, shapes, step_control)
         self._placement = placement or Kaisa()
         self._problem = self._place(shapes)
         self._placed = self._problem.assignment  # of all layers that there were

@@ -294,15 +294,17 @@ def test_curvature_share_before_there_is_curvature_and_after() -> None:
 def test_levenberg_marquardt_is_refused_where_it_steers_nothing() -> None:
     def made(control: Any, **settings: Any) -> hk.Preconditioner:
         method = hk.KFAC(damping=hk.LevenbergMarquardt(1.0), **settings)
-        model = mlp()
-        return hk.Preconditioner(model, torch.optim.SGD(model.parameters(), 0.1), method=method, step_control=control)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return hk.Preconditioner(model, optimizer, method=method, step_control=control)
 
+    model = mlp()
     for control in (hk.Orthogonal(), hk.FixedNorm()):
         name = type(control).__name__
         with pytest.raises(ValueError, match=f"LevenbergMarquardt.*step_control {name} sets.*TrustRegion"):
             made(control)
     with pytest.raises(ValueError, match=r"KFAC's update of layer '0' is not \(F \+ damping\)\^-1 D.*such as KFAC or"):
         made(None, power=0.5)
+    assert not any(module._forward_hooks for module in model.modules())
     assert made(hk.TrustRegion()).damping.current == 1.0
     words = ["--task", "digits", "--method.damping", "LevenbergMarquardt", "--method.damping.initial", "0.5"]
     with pytest.raises(InputError, match="step_control Orthogonal sets the length"):
