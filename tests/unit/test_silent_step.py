@@ -302,9 +302,10 @@ def test_levenberg_marquardt_is_refused_where_it_steers_nothing() -> None:
         name = type(control).__name__
         with pytest.raises(ValueError, match=f"LevenbergMarquardt.*step_control {name} sets.*TrustRegion"):
             made(control)
-    with pytest.raises(ValueError, match=r"KFAC's update of layer '0' is not \(F \+ damping\)\^-1 D.*such as KFAC or"):
+    refusal = r"KFAC's update of layer '0' is not \(F \+ damping\)\^-1 D.*such as KFAC or"
+    with pytest.raises(ValueError, match=refusal) as refused:
         made(None, power=0.5)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert refused.tb and not any(module._forward_hooks for module in model.modules())  # while its frames are kept
     assert made(hk.TrustRegion()).damping.current == 1.0
     words = ["--task", "digits", "--method.damping", "LevenbergMarquardt", "--method.damping.initial", "0.5"]
     with pytest.raises(InputError, match="step_control Orthogonal sets the length"):
