@@ -75,12 +75,6 @@ class SampleMatrix(SampleRows):
         products = row_products(delta.to(state["X"].dtype), state["X"], state["R"], Workspace())
         return (products.square() * output_weights(state)).sum()
 
-    def is_damped(self, shape: LayerShape) -> bool:
-        return True
-
-    def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
-        return (state["kernel_damping"].to(delta.dtype) * delta.square().sum((1, 2))).sum()
-
     def cost(self, shape: LayerShape) -> Cost:
         """Flops for the rows of one rank, n: refresh 2 n^2 (a + o) + n^3, gradient 4 n a o + 2 n^2; rows are free."""
         p, n = shape.blocks, self.rows

@@ -84,6 +84,13 @@ class SampleRows(Method):
         """The damping in the units of a kernel K = V V^T, whose trace is that of V^T V; a relative one is [p]."""
         return damping * mean_or_one(batch_trace(kernel)) if self.relative_damping else damping
 
+    def is_damped(self, shape: LayerShape) -> bool:
+        """In a plane of SENG's too, where <U, D> = <U, (F + damping) U> as well."""
+        return True
+
+    def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
+        return (state["kernel_damping"].to(delta.dtype) * delta.square().sum((1, 2))).sum()
+
     def kernel_specs(self, shape: LayerShape, sizes: Mapping[str, int]) -> tuple[StateSpec, ...]:
         """Rows of these sizes as they were at a refresh, and what is solved through their kernel."""
         p, n = shape.blocks, self.rows

@@ -12,7 +12,7 @@ from hpc_kfac.linalg.scaling import size_of
 from hpc_kfac.linalg.solve import multiply, require_finite, woodbury_inverse
 from hpc_kfac.linalg.workspace import Workspace
 from hpc_kfac.methods.method import Cost, State, StateSpec
-from hpc_kfac.methods.rows.sample_matrix import row_kernel
+from hpc_kfac.methods.rows.sample_matrix import row_kernel, row_products
 from hpc_kfac.methods.rows.sample_rows import SampleRows, output_weights, row_scale
 from hpc_kfac.options.wants import Wants
 
@@ -135,25 +135,15 @@ class SENG(SampleRows):
         total = torch.where(total > 0, total, torch.ones_like(total))
         return products, (r * roots).sum(1).unsqueeze(2) * ((x * weights).sum(1, keepdim=True) / total)
 
-    def _products(self, matrix: Tensor, state: State, shape: LayerShape) -> Tensor:
-        """<u_n, matrix> of each row, [p, n, 1]."""
+    def _products(self, matrix: Tensor, rows: State, shape: LayerShape, which: str = "_solved") -> Tensor:
+        """<u_n, matrix> of each row, [p, n, 1]: of the rows as they were at a refresh, or with "" as they are."""
         if self._explicit(shape):
-            return state["U_solved"] @ matrix.flatten(1).unsqueeze(2)
-        return ((state["X_solved"] @ matrix.mT) * state["R_solved"]).sum(2, keepdim=True)
+            return rows[f"U{which}"] @ matrix.flatten(1).unsqueeze(2)
+        return row_products(matrix, rows[f"X{which}"], rows[f"R{which}"], Workspace())
 
     def quadratic(self, delta: Tensor, state: State, shape: LayerShape) -> Tensor:
-        if self._explicit(shape):
-            products = state["U"] @ delta.to(state["U"].dtype).flatten(1).unsqueeze(2)
-        else:
-            products = ((state["X"] @ delta.to(state["X"].dtype).mT) * state["R"]).sum(2, keepdim=True)
+        products = self._products(delta.to(state["valid"].dtype), state, shape, "")
         return (products.square() * output_weights(state)).sum()
-
-    def is_damped(self, shape: LayerShape) -> bool:
-        """Also in a plane, where <U, D> = <U, (F + damping) U> too."""
-        return True
-
-    def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
-        return (state["kernel_damping"].to(delta.dtype) * delta.square().sum((1, 2))).sum()
 
     def cost(self, shape: LayerShape) -> Cost:
         """Flops for the rows of one rank, n: refresh 2 n^2 s + n^3 with s numbers of a sample, gradient 4 n a o

@@ -93,9 +93,6 @@ class SKFAC(SampleRows):
         rows = {name: matrix.to(delta.dtype) for name, matrix in _scaled(state).items()}
         return (rows["R"] @ delta @ rows["X"].mT).square().sum()
 
-    def is_damped(self, shape: LayerShape) -> bool:
-        return True
-
     def damping_form(self, delta: Tensor, state: State, shape: LayerShape, damping: float) -> Tensor:
         """With what damped factors add: kron(G, b I) + kron(c I, A) + b c I."""
         rows = {name: matrix.to(delta.dtype) for name, matrix in _scaled(state).items()}
