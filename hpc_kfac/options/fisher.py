@@ -163,7 +163,35 @@ class CrossEntropy(OutputDistribution):
 
 
 @dataclass(frozen=True)
-class SquaredError(OutputDistribution):
+class _WeightedSamples(OutputDistribution):
+    """Each sample is one term: weight times a sum over its outputs, or their mean where there is no weight."""
+
+    weight: float | None = None
+    reduction: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        """Refuses weights of single outputs, as torch's losses take them, too: the terms' curvature would need targets.
+
+        Raises:
+            ValueError: the weight is not a positive number.
+        """
+        weight: object = self.weight
+        if weight is not None and not (isinstance(weight, int | float) and 0 < weight < math.inf):
+            shown = f"a tensor {list(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+            raise ValueError(
+                f"weight is {shown}; give a positive number or None, and for weights of single outputs or pos_weight a"
+                " subclass of OutputDistribution"
+            )
+
+    def terms(self, outputs: Tensor) -> int:
+        return outputs.shape[0]
+
+    def _weight(self, outputs: Tensor) -> float:
+        return 1.0 / outputs[0].numel() if self.weight is None else self.weight
+
+
+@dataclass(frozen=True)
+class SquaredError(_WeightedSamples):
     """Each sample's loss is weight * |f - y|^2: a Gaussian output of variance 1 / (2 weight).
 
     Args:
@@ -171,15 +199,6 @@ class SquaredError(OutputDistribution):
             summed over outputs.
         reduction: of the training loss over samples.
     """
-
-    weight: float | None = None
-    reduction: Literal["mean", "sum"] = "mean"
-
-    def __post_init__(self) -> None:
-        _check_weight(self.weight)
-
-    def terms(self, outputs: Tensor) -> int:
-        return outputs.shape[0]
 
     def sample_gradient(self, outputs: Tensor, uniform: Uniform) -> Tensor:
         drawn = uniform(tuple(outputs.shape[1:])).to(outputs.device)
@@ -192,11 +211,11 @@ class SquaredError(OutputDistribution):
         return columns.view(size, 1, *outputs.shape[1:]).expand(size, *outputs.shape).contiguous()
 
     def _curvature(self, outputs: Tensor) -> float:
-        return 2.0 * _weight(self.weight, outputs)
+        return 2.0 * self._weight(outputs)
 
 
 @dataclass(frozen=True)
-class BinaryCrossEntropy(OutputDistribution):
+class BinaryCrossEntropy(_WeightedSamples):
     """Each sample's loss is weight * sum over outputs of the binary cross-entropy of a logit.
 
     Args:
@@ -205,45 +224,18 @@ class BinaryCrossEntropy(OutputDistribution):
         reduction: of the training loss over samples.
     """
 
-    weight: float | None = None
-    reduction: Literal["mean", "sum"] = "mean"
-
-    def __post_init__(self) -> None:
-        _check_weight(self.weight)
-
-    def terms(self, outputs: Tensor) -> int:
-        return outputs.shape[0]
-
     def sample_gradient(self, outputs: Tensor, uniform: Uniform) -> Tensor:
         probability = _wide(outputs).sigmoid()
         drawn = uniform(tuple(outputs.shape[1:])).to(probability)
-        scale = math.sqrt(_weight(self.weight, outputs))
+        scale = math.sqrt(self._weight(outputs))
         return ((probability - (drawn < probability).to(probability)) * scale).to(outputs.dtype)
 
     def root(self, outputs: Tensor) -> Tensor:
         probability = _wide(outputs).sigmoid()
-        spread = (probability * (1 - probability) * _weight(self.weight, outputs)).sqrt()
+        spread = (probability * (1 - probability) * self._weight(outputs)).sqrt()
         size = outputs[0].numel()
         eye = torch.eye(size, dtype=spread.dtype, device=outputs.device).view(size, 1, *outputs.shape[1:])
         return (eye * spread).to(outputs.dtype)
-
-
-def _check_weight(weight: object) -> None:
-    """Refuses weights of single outputs, as torch's losses take them, too: the terms' curvature would need targets.
-
-    Raises:
-        ValueError: it is not a positive number.
-    """
-    if weight is not None and not (isinstance(weight, int | float) and 0 < weight < math.inf):
-        shown = f"a tensor {list(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
-        raise ValueError(
-            f"weight is {shown}; give a positive number or None, and for weights of single outputs or pos_weight a"
-            " subclass of OutputDistribution"
-        )
-
-
-def _weight(weight: float | None, outputs: Tensor) -> float:
-    return 1.0 / outputs[0].numel() if weight is None else weight
 
 
 def _wide(outputs: Tensor) -> Tensor:
